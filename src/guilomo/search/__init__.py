@@ -1,0 +1,21 @@
+"""GuiLoMo's search: selection vectors learned by bilevel optimisation decide expert counts and ranks."""
+
+from guilomo.search.carry import carry_weights
+from guilomo.search.config import SearchConfig
+from guilomo.search.data import SearchData
+from guilomo.search.hypergradient import HYPERGRADIENTS
+from guilomo.search.loop import Search, search, search_sized
+from guilomo.search.result import SearchResult
+from guilomo.search.vectors import SelectionVectors
+
+__all__ = [
+    "HYPERGRADIENTS",
+    "Search",
+    "SearchConfig",
+    "SearchData",
+    "SearchResult",
+    "SelectionVectors",
+    "carry_weights",
+    "search",
+    "search_sized",
+]

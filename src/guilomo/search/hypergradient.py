@@ -1,0 +1,203 @@
+"""Gradients of the held-out loss with respect to the selection vectors.
+
+Every function returns one tensor per selection tensor and leaves weights, gradients, optimiser state and random
+numbers bit-identical to what it found. `first_order` without the split lives here too, as the twin the split batch is
+tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from guilomo.search.data import Batch, SearchData, mean_loss, row_losses
+from guilomo.search.inner import Snapshot, clip_factor, virtual_update
+from guilomo.search.split_pass import masked
+from guilomo.search.vectors import SelectionVectors
+from guilomo.tuner import RoutingContext
+
+
+@dataclass
+class Problem:
+    """The bilevel problem at one moment: model, vectors, inner optimiser and one batch of each kind."""
+
+    model: nn.Module
+    context: RoutingContext
+    vectors: SelectionVectors
+    optimizer: torch.optim.Optimizer
+    data: SearchData
+    max_grad_norm: float | None
+    outer_loss: str = "log"
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def selection(self) -> list[Tensor]:
+        return list(self.vectors.parameters())
+
+    def train_loss(self, batch: Batch) -> Tensor:
+        with masked(self.context, self.vectors.masks()):
+            return mean_loss(*row_losses(self.model, batch, self.data))
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        """The outer objective: the mean held-out loss or its logarithm, without auxiliary losses."""
+        self.context.attach_losses = False
+        with masked(self.context, self.vectors.masks()):
+            value = mean_loss(*row_losses(self.model, batch, self.data))
+        self.context.attach_losses = True
+        return outer(value, self.outer_loss)
+
+
+def outer(loss: Tensor, kind: str) -> Tensor:
+    """The held-out loss as the selection vectors see it."""
+    return loss.clamp_min(1e-12).log() if kind == "log" else loss
+
+
+Hypergradient = Callable[[Problem, Batch, Batch], list[Tensor]]
+
+
+def _gradients(loss: Tensor, wanted: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    found = torch.autograd.grad(loss, list(wanted), allow_unused=True, **options)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+
+
+def first_order(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
+    """``d L_held_out(w, g) / d g`` at the present weights (DARTS' first-order form, arXiv 1806.09055)."""
+    state = Snapshot.take(problem.weights)
+    result = _gradients(problem.held_out_loss(held_out), problem.selection)
+    state.restore(problem.weights)
+    return result
+
+
+def unrolled(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
+    """One inner step unrolled, by central difference (GuiLoMo, arXiv 2506.14646; DARTS section 2.3), corrected.
+
+        d_g L_val(w', g) - [d_g L_train(w + eps u, g) - d_g L_train(w - eps u, g)] / (2 eps)
+
+    with ``w' = step(w, d_w L_train)`` the step of the optimiser in use, ``u = J v`` for that step's diagonal Jacobian J
+    and ``v = d_{w'} L_val``, and ``eps = 0.01 / |u|``. The training passes draw the same dropout.
+    """
+    weights, selection = problem.weights, problem.selection
+    state = Snapshot.take(weights)
+    jacobian = _virtual_step(problem, train)
+    outer_grads = _gradients(problem.held_out_loss(held_out), weights + selection)
+    v, direct = outer_grads[: len(weights)], outer_grads[len(weights) :]
+    state.restore_weights(weights)
+    u = [j * g for j, g in zip(jacobian, v, strict=True)]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in u]))
+    eps = float(0.01 / norm) if float(norm) > 0 else 0.01
+    plus = _selection_gradient_at(problem, train, state, u, eps)
+    minus = _selection_gradient_at(problem, train, state, u, -eps)
+    state.restore(weights)
+    return [d - (p - m) / (2 * eps) for d, p, m in zip(direct, plus, minus, strict=True)]
+
+
+@torch.no_grad()
+def _move_to(weights: list[Tensor], values: list[Tensor]) -> None:
+    for w, value in zip(weights, values, strict=True):
+        w.copy_(value)
+
+
+def _virtual_step(problem: Problem, train: Batch) -> list[Tensor]:
+    """Moves the weights by one step of the inner optimiser; returns the diagonal of its Jacobian."""
+    weights = problem.weights
+    gradients = _gradients(problem.train_loss(train), weights)
+    factor = clip_factor(gradients, problem.max_grad_norm)
+    moved, jacobian = _updates(problem, weights, [g * factor for g in gradients])
+    _move_to(weights, [m.detach() for m in moved])
+    return [j.detach() * factor for j in jacobian]
+
+
+def _updates(problem: Problem, weights: list[Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    adam = isinstance(problem.optimizer, torch.optim.AdamW)
+    groups = [group for group in problem.optimizer.param_groups for _ in group["params"]]
+    pairs = [
+        virtual_update(w, g, problem.optimizer.state.get(p, {}), group, adam)
+        for w, g, p, group in zip(weights, gradients, problem.weights, groups, strict=True)
+    ]
+    return [w for w, _ in pairs], [j for _, j in pairs]
+
+
+def _selection_gradient_at(
+    problem: Problem, train: Batch, state: Snapshot, direction: list[Tensor], eps: float
+) -> list[Tensor]:
+    """``d_g L_train`` at ``w + eps * direction``, with the same random numbers every time."""
+    with torch.no_grad():
+        for w, start, d in zip(problem.weights, state.weights, direction, strict=True):
+            w.copy_(start + eps * d)
+    state.restore_rng()
+    return _gradients(problem.train_loss(train), problem.selection)
+
+
+def exact(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
+    """The same unrolled step differentiated by autograd, second order included. For tests and small models."""
+    weights, selection = problem.weights, problem.selection
+    state = Snapshot.take(weights)
+    names = {id(p): name for name, p in problem.model.named_parameters()}
+    leaves = [w.detach().clone().requires_grad_(True) for w in weights]
+    # Fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        train_loss = _loss_at(problem, train, names, leaves)
+        gradients = _gradients(train_loss, leaves, create_graph=True)
+        factor = clip_factor(gradients, problem.max_grad_norm)
+        moved, _ = _updates(problem, leaves, [g * factor for g in gradients])
+        problem.context.attach_losses = False
+        held_out_loss = outer(_loss_at(problem, held_out, names, moved), problem.outer_loss)
+        problem.context.attach_losses = True
+        result = _gradients(held_out_loss, selection)
+    state.restore(weights)
+    return [g.detach() for g in result]
+
+
+def _loss_at(problem: Problem, batch: Batch, names: dict[int, str], values: list[Tensor]) -> Tensor:
+    """Mean loss of a batch with the trained weights replaced by `values`."""
+    replaced = {names[id(p)]: value for p, value in zip(problem.weights, values, strict=True)}
+
+    class Swapped(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return torch.func.functional_call(problem.model, replaced, (), inputs)
+
+    with masked(problem.context, problem.vectors.masks()):
+        return mean_loss(*row_losses(Swapped(), batch, problem.data))
+
+
+def authors_code(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
+    """What the released GuiLoMo code computes, for comparison only (dossier section 2.7, items 1 to 3).
+
+    Gradients left uncleared between its passes turn the hypergradient into
+
+        d_g L_train(w) + d_g L_val(w') + (eta |v| / 0.02) d_g L_train(w - eps v),   v = d_w L_train + d_w' L_val
+
+    with ``eps = 0.01 / |v|`` and eta the learning rate. Its damage to the optimiser's state is left out.
+    """
+    weights, selection = problem.weights, problem.selection
+    state = Snapshot.take(weights)
+    at_w = _gradients(problem.train_loss(train), weights + selection)
+    train_w, train_g = at_w[: len(weights)], at_w[len(weights) :]
+    factor = clip_factor(train_w, problem.max_grad_norm)
+    moved, _ = _updates(problem, weights, [g * factor for g in train_w])
+    _move_to(weights, [m.detach() for m in moved])
+    after = _gradients(problem.held_out_loss(held_out), weights + selection)
+    val_w, val_g = after[: len(weights)], after[len(weights) :]
+    v = [a + b for a, b in zip(train_w, val_w, strict=True)]
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in v])))
+    eps = 0.01 / norm if norm > 0 else 0.01
+    minus = _selection_gradient_at(problem, train, state, v, -eps)
+    state.restore(weights)
+    eta = problem.optimizer.param_groups[0]["lr"]
+    return [t + h + eta / (2 * eps) * m for t, h, m in zip(train_g, val_g, minus, strict=True)]
+
+
+HYPERGRADIENTS: dict[str, Hypergradient] = {
+    "first_order": first_order,
+    "unrolled": unrolled,
+    "exact": exact,
+    "authors_code": authors_code,
+}

@@ -1,0 +1,89 @@
+"""One pass over a batch whose first rows are training rows and whose other rows are held-out rows.
+
+The layers of the mixture split their own gradients (`guilomo.layers.split`). Other trained modules, such as a
+classification head, are called here on the two parts of the batch apart, with constant parameters for the held-out
+part, so that every held-out gradient ends in a selection vector and no other place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guilomo.errors import GuilomoError
+from guilomo.tuner import LoraMoeLayer, RoutingContext, SelectionMasks
+
+
+@contextmanager
+def masked(context: RoutingContext, masks: dict[str, SelectionMasks]) -> Iterator[None]:
+    """Applies selection masks in every adapted layer."""
+    context.masks = masks
+    try:
+        yield
+    finally:
+        context.masks = {}
+
+
+@contextmanager
+def split_batch(model: nn.Module, context: RoutingContext, training_rows: int) -> Iterator[None]:
+    """Within, the first `training_rows` rows feed weights and the others feed selection masks."""
+    with ExitStack() as stack:
+        for name, module in other_trained_modules(model):
+            stack.enter_context(_split_calls(name, module, context))
+        context.training_rows = training_rows
+        try:
+            yield
+        finally:
+            context.training_rows = None
+
+
+def other_trained_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules outside the mixtures that own trained parameters."""
+    mixtures = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoraMoeLayer))
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if not name.startswith(mixtures)
+        and any(p.requires_grad for p in module.parameters(recurse=False))
+        and not isinstance(module, LoraMoeLayer)
+    ]
+
+
+@contextmanager
+def _split_calls(name: str, module: nn.Module, context: RoutingContext) -> Iterator[None]:
+    original = module.forward
+    module.forward = _split_forward(name, module, original, context)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # back to the class's method
+
+
+def _split_forward(
+    name: str, module: nn.Module, original: Callable[..., Any], context: RoutingContext
+) -> Callable[..., Any]:
+    inside = False
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return original(x, *args, **kwargs)
+        if args or kwargs:
+            raise GuilomoError(
+                f"Module {name!r} is trained beside the mixture and takes more than one input, so its gradients cannot "
+                "be split by rows. Use hypergradient='unrolled', or leave it out of modules_to_save."
+            )
+        n = context.split_at(x)
+        constants = {k: p.detach() for k, p in module.named_parameters(recurse=False)}
+        inside = True
+        try:
+            held_out = torch.func.functional_call(module, constants, (x[n:],))
+        finally:
+            inside = False
+        return torch.cat([original(x[:n]), held_out])
+
+    return forward

@@ -1,0 +1,21 @@
+"""The PEFT tuner: `LoraMoeConfig` attaches packed mixtures of LoRA experts to any transformers model."""
+
+from guilomo.tuner.config import LoraMoeConfig
+from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of
+from guilomo.tuner.layer import LoraMoeLayer
+from guilomo.tuner.model import LoraMoeModel
+from guilomo.tuner.modules import adaptable_modules, target_shapes
+from guilomo.tuner.registration import register
+
+register()
+
+__all__ = [
+    "LoraMoeConfig",
+    "LoraMoeLayer",
+    "LoraMoeModel",
+    "RoutingContext",
+    "SelectionMasks",
+    "adaptable_modules",
+    "context_of",
+    "target_shapes",
+]

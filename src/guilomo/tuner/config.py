@@ -1,0 +1,149 @@
+"""`LoraMoeConfig`: the PEFT config of a mixture of low-rank experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from guilomo.allocation.plan import SCALINGS, Allocation
+from guilomo.errors import invalid, unknown
+from guilomo.layers.balance import BALANCE_FORMS
+from guilomo.layers.routers import router_class
+from guilomo.tuner.card import add_loading_section
+
+
+class MoloraType(str, Enum):
+    """PEFT type of this tuner: a string enum whose name equals its value, which is what PEFT's look-ups need."""
+
+    MOLORA = "MOLORA"
+
+
+@dataclass
+class LoraMoeConfig(PeftConfig):
+    """Configuration of a mixture of LoRA experts (`guilomo.tuner`).
+
+    Without `allocation`, every targeted module gets `num_experts` experts of rank `r`, changed by `rank_pattern`.
+    With `allocation`, the plan says everything about counts, ranks, top-k, alpha and scaling. Either way the plan in
+    force is stored in the adapter's config when it is saved.
+
+    Raises:
+        GuilomoError: a field has a value that cannot work; the message names the field, the value and the remedy.
+    """
+
+    num_experts: int = field(
+        default=4, metadata={"help": "Experts per adapted module. More: more capacity and parameters, same top-k."}
+    )
+    r: int = field(default=8, metadata={"help": "Rank of each expert. Higher: more capacity and parameters."})
+    top_k: int = field(
+        default=2, metadata={"help": "Experts chosen per token, at most num_experts. 1 uses the probability itself."}
+    )
+    lora_alpha: float = field(default=16.0, metadata={"help": "Numerator of the experts' scale."})
+    scaling: str = field(
+        default="alpha_over_r",
+        metadata={"help": "alpha_over_r, alpha_over_sqrt_r (rsLoRA) or constant (alpha itself), per expert."},
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout on the experts' input, one mask for all experts of a module; the router sees x."},
+    )
+    router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
+    router_weights: list[float] | None = field(
+        default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
+    )
+    balance_loss: str | None = field(
+        default="switch",
+        metadata={"help": "Form: switch, switch_per_slot, sign, cv_squared, or null. Forms differ in scale."},
+    )
+    balance_coefficient: float = field(
+        default=0.001, metadata={"help": "Weight of the balance loss. Higher: evenly used, less specialised experts."}
+    )
+    balance_over: str = field(
+        default="module",
+        metadata={"help": "Balance each 'module' by itself, or the modules of a 'layer' together (MoLA)."},
+    )
+    balance_reduction: str = field(
+        default="sum", metadata={"help": "'sum' or 'mean' of the balance loss over modules or layers."}
+    )
+    z_loss_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the squared logsumexp of the router logits; keeps logits small."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'. As in PEFT's LoRA."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules to leave out."}
+    )
+    rank_pattern: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Module-name regex to a rank, or to a list with the rank of each expert ([] = not adapted)."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save, such as a classification head."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, with layers_to_transform."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Kept for PEFT's tools; Conv1D layers are recognised by themselves."}
+    )
+    bias: Literal["none"] = field(default="none", metadata={"help": "Biases are not trained; only 'none'."})
+    init_lora_weights: bool = field(
+        default=True, metadata={"help": "B = 0, so that training starts at the base model. False (tests): B random."}
+    )
+    allocation: dict[str, Any] | None = field(
+        default=None, metadata={"help": "The plan: an `Allocation` or its dict. Overrides the fields above it covers."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MoloraType.MOLORA  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.allocation, Allocation):
+            self.allocation = self.allocation.to_dict()
+        self._check()
+
+    def _check(self) -> None:
+        for name, low in (("num_experts", 1), ("r", 1), ("top_k", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise invalid(name, value, f"a whole number of at least {low}")
+        if self.allocation is None and self.top_k > self.num_experts:
+            raise invalid(
+                "top_k", self.top_k, f"at most num_experts = {self.num_experts}", "Lower top_k or raise num_experts."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise invalid("lora_dropout", self.lora_dropout, "a probability in [0, 1)")
+        if self.bias != "none":
+            raise invalid("bias", self.bias, "'none'", "Name the modules whose biases to train in modules_to_save.")
+        for name in ("balance_coefficient", "z_loss_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise invalid(name, getattr(self, name), "a number of at least 0")
+        router_class(self.router)
+        choices = {
+            "scaling": SCALINGS,
+            "balance_over": ("module", "layer"),
+            "balance_reduction": ("sum", "mean"),
+            "balance_loss": (*BALANCE_FORMS, None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(name, str(getattr(self, name)), [str(a) for a in allowed])
+        if self.router_weights is not None and self.router != "fixed":
+            raise invalid("router_weights", self.router_weights, "unset unless router='fixed'", "Set router='fixed'.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; also tells in the folder's README how another process loads the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(Path(save_directory), self.base_model_name_or_path)
+
+    @property
+    def plan(self) -> Allocation | None:
+        """The allocation as an object, or None before the adapter is attached to a model."""
+        return None if self.allocation is None else Allocation.from_dict(self.allocation)

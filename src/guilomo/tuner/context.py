@@ -1,0 +1,146 @@
+"""What the layers of one model share during a forward pass.
+
+One plain object per base model, held by every adapted layer and by two hooks on the base model (not on the PEFT
+wrapper, which untyped models and transformers' own ``add_adapter`` bypass). It carries no parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guilomo.layers.attach import LossScale
+from guilomo.layers.balance import RouterStatistics
+from guilomo.tuner.loss_scale import measure_loss_scale, token_share
+
+
+@dataclass
+class SelectionMasks:
+    """The search's masks for one module: ``log_expert (E,)`` is added to the logits, ``rank (R,)`` multiplies rows."""
+
+    log_expert: Tensor | None
+    rank: Tensor | None
+
+
+@dataclass
+class RoutingContext:
+    """State of the forward pass now running.
+
+    Attributes:
+        real: ``(B, S)`` which tokens are real (not padding), or None for all.
+        batch_size: rows of the batch, when the model's inputs say so.
+        in_forward: False during a recomputation by gradient checkpointing, so that nothing is counted twice.
+        record: whether to sum router statistics for health reports.
+        statistics: summed statistics per module, when recorded.
+        scale: what auxiliary losses are worth in the backward pass.
+        pending: statistics of the modules of a group that ran so far, for losses over whole layers.
+        masks: the search's masks by module; empty outside a search.
+        training_rows: how many leading rows of a split batch are training rows; None for an ordinary batch.
+        attach_losses: False while a loss is wanted without the routers' auxiliary losses.
+    """
+
+    real: Tensor | None = None
+    batch_size: int | None = None
+    in_forward: bool = False
+    record: bool = False
+    statistics: dict[str, RouterStatistics] = field(default_factory=dict)
+    scale: LossScale = field(default_factory=LossScale)
+    pending: dict[str, list[RouterStatistics]] = field(default_factory=dict)
+    masks: dict[str, SelectionMasks] = field(default_factory=dict)
+    training_rows: int | None = None
+    attach_losses: bool = True
+
+    def split_at(self, x: Tensor) -> int | None:
+        """Rows of the leading dimension of `x` that are training rows; None for an ordinary batch.
+
+        Raises:
+            RuntimeError: the leading dimension is not a whole number of batch rows.
+        """
+        if self.training_rows is None:
+            return None
+        if not self.batch_size or x.shape[0] % self.batch_size:
+            raise RuntimeError(
+                f"A split batch of {self.batch_size} rows met a layer input of shape {tuple(x.shape)}: the batch must "
+                "come first in every adapted layer. Use hypergradient='unrolled' for this model."
+            )
+        return self.training_rows * (x.shape[0] // self.batch_size)
+
+    def counted(self, x: Tensor) -> Tensor | None:
+        """Which tokens of ``x (..., I)`` count in router statistics, shaped ``x.shape[:-1]``; None for all."""
+        shape = x.shape[:-1]
+        counted = None
+        if self.real is not None and len(shape) and self.real.shape[0] * self.real.shape[-1] >= shape.numel():
+            rows = shape.numel() // max(self.real.shape[0], 1)
+            # With a key-value cache the mask covers past tokens too; the layer sees only the newest ones.
+            newest = self.real[:, self.real.shape[1] - rows :]
+            if newest.numel() == shape.numel():
+                counted = newest.reshape(shape)
+        split = self.split_at(x)
+        if split is not None:
+            training = torch.arange(shape[0], device=x.device) < split
+            training = training.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+            counted = training if counted is None else counted.bool() & training
+        return counted
+
+    def observe(self, module: str, statistics: RouterStatistics) -> None:
+        """Adds to the recorded statistics of a module, once per forward pass."""
+        if self.record and self.in_forward:
+            seen = self.statistics.get(module)
+            detached = statistics.detach()
+            self.statistics[module] = detached if seen is None else seen + detached
+
+
+def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-forward hook of the base model: finds the token mask and the batch size among the inputs."""
+    inputs = _named_inputs(module, args, kwargs)
+    mask = inputs.get("attention_mask")
+    context.real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    first = next((t for t in inputs.values() if isinstance(t, Tensor) and t.dim()), None)
+    context.batch_size = first.shape[0] if first is not None else None
+    context.pending.clear()
+    context.scale.value = 1.0
+    context.in_forward = True
+
+
+def end_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Post-forward hook of the base model: lets the auxiliary losses follow what the trainer does to the loss."""
+    context.in_forward = False
+    if not torch.is_grad_enabled():
+        return output
+    return measure_loss_scale(output, context.scale, token_share(_named_inputs(module, args, kwargs)))
+
+
+def _named_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def context_of(model: nn.Module) -> RoutingContext:
+    """The context of a base model; the first call creates it and hooks it in.
+
+    The hooks are partials of module-level functions, so that models still deepcopy and pickle.
+    """
+    context: RoutingContext | None = model.__dict__.get("_guilomo_context")
+    if context is None:
+        context = RoutingContext()
+        handles = (
+            model.register_forward_pre_hook(partial(begin_forward, context), with_kwargs=True),
+            model.register_forward_hook(partial(end_forward, context), with_kwargs=True),
+        )
+        model.__dict__["_guilomo_context"] = context
+        model.__dict__["_guilomo_hooks"] = handles
+    return context
+
+
+def remove_context(model: nn.Module) -> None:
+    """Takes the hooks of `context_of` off the model again."""
+    for handle in model.__dict__.pop("_guilomo_hooks", ()):
+        handle.remove()
+    model.__dict__.pop("_guilomo_context", None)

@@ -1,0 +1,197 @@
+"""One adapted linear: the frozen layer plus the packed experts of each adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from guilomo.allocation.plan import Allocation, ModuleShape
+from guilomo.errors import GuilomoError
+from guilomo.layers.attach import attach_loss
+from guilomo.layers.balance import router_statistics
+from guilomo.layers.packed import ExpertLayout
+from guilomo.layers.routers import router_class
+from guilomo.layers.routing import Router, Routing
+from guilomo.layers.split import linear_of_training_rows, scale_by_held_out_rows, shift_by_held_out_rows
+from guilomo.tuner.config import LoraMoeConfig
+from guilomo.tuner.context import RoutingContext, SelectionMasks
+from guilomo.tuner.router_loss import RouterLoss
+
+
+class LoraMoeLayer(nn.Module, BaseTunerLayer):
+    """``y = W0 x + B (s * gate * A x)`` for every active adapter.
+
+    Parameters, keyed by adapter name: ``molora_A (R, I)``, ``molora_B (O, R)``, ``molora_router`` (absent for a single
+    expert, whose gate is 1). ``molora_layout`` holds the ranks, saved with the weights.
+
+    The base layer is any module with ``in_features`` and ``out_features`` (`nn.Linear`, transformers' `Conv1D`,
+    quantised linears); it is only ever called, never read.
+    """
+
+    adapter_layer_names = ("molora_A", "molora_B", "molora_router")
+    other_param_names = ("molora_layout", "molora_dropout", "molora_loss")
+
+    def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features, self.out_features = shape
+        self.context = context
+        self.molora_A = nn.ParameterDict()
+        self.molora_B = nn.ParameterDict()
+        self.molora_router = nn.ModuleDict()
+        self.molora_layout = nn.ModuleDict()
+        self.molora_dropout = nn.ModuleDict()
+        self.molora_loss: dict[str, RouterLoss] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter: str, plan: Allocation, config: LoraMoeConfig, loss: RouterLoss) -> None:
+        """Adds or replaces the experts of one adapter, as `plan` says for this module."""
+        module = plan[self.name]
+        a = nn.Parameter(torch.empty(module.rank, self.in_features))
+        b = nn.Parameter(torch.zeros(self.out_features, module.rank))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if not config.init_lora_weights:
+            nn.init.normal_(b, std=0.02)
+        self.molora_A[adapter] = a
+        self.molora_B[adapter] = b
+        self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
+        self.molora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.molora_loss[adapter] = loss
+        if module.experts > 1:
+            options = {"weights": config.router_weights} if config.router == "fixed" else {}
+            router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)  # type: ignore[call-arg]
+            self.molora_router[adapter] = router
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        dtype = y.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.molora_A:
+                y = self._add_mixture(y, x, adapter)
+        return y.to(dtype)
+
+    def _add_mixture(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """``y + B (s * gate * A x)``, with the adapter's router loss attached."""
+        a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self.molora_layout[adapter]
+        masks = self.context.masks.get(self.name)
+        x = self._cast_input_dtype(x, a.dtype)
+        split = self.context.split_at(x)
+        hidden = self._linear(self.molora_dropout[adapter](x), a, split)
+        routing = self._route(x, adapter, masks, split)
+        if routing is None:
+            gate = layout.spread.sum(0)
+        else:
+            gate = routing.weights @ layout.spread.to(routing.weights.dtype)
+        hidden = hidden * gate.to(hidden.dtype)
+        if masks is not None and masks.rank is not None:
+            rank = masks.rank.to(hidden.dtype)
+            hidden = hidden * rank if split is None else scale_by_held_out_rows(hidden, rank, split)
+        y = y + self._linear(hidden, b, split)
+        return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+    @staticmethod
+    def _linear(x: Tensor, weight: Tensor, split: int | None) -> Tensor:
+        return F.linear(x, weight) if split is None else linear_of_training_rows(x, weight, split)
+
+    def _route(self, x: Tensor, adapter: str, masks: SelectionMasks | None, split: int | None) -> Routing | None:
+        if adapter not in self.molora_router:
+            return None
+        router = self.molora_router[adapter]
+        assert isinstance(router, Router)
+        logits = router.logits(x) if split is None else _logits_of_training_rows(router, x, split)
+        if masks is not None and masks.log_expert is not None:
+            offset = masks.log_expert.to(logits.dtype)
+            logits = logits + offset if split is None else shift_by_held_out_rows(logits, offset, split)
+        return router.route(logits)
+
+    def _attach_losses(self, y: Tensor, x: Tensor, routing: Routing, adapter: str) -> Tensor:
+        loss = self.molora_loss[adapter]
+        needed = loss.active and self.training and self.context.attach_losses and torch.is_grad_enabled()
+        if not needed and not self.context.record:
+            return y
+        statistics = router_statistics(routing, self.context.counted(x))
+        self.context.observe(self.name, statistics)
+        value = loss(self.context, statistics) if needed else None
+        return y if value is None else attach_loss(y, value, self.context.scale)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``(O, I)`` change of the weight at the adapter's constant gates.
+
+        Raises:
+            GuilomoError: the gates depend on the token, so there is no one matrix.
+        """
+        gates = self.constant_gates(adapter)
+        layout = self.molora_layout[adapter]
+        assert isinstance(layout, ExpertLayout)
+        a, b = self.molora_A[adapter], self.molora_B[adapter]
+        return (b * (gates.to(b.dtype) @ layout.spread.to(b.dtype))) @ a
+
+    def constant_gates(self, adapter: str) -> Tensor:
+        """``(E,)`` routing weights, when they are the same for every token; otherwise an error."""
+        if adapter not in self.molora_router:
+            return torch.ones(1, device=self.molora_A[adapter].device)
+        router = self.molora_router[adapter]
+        if not getattr(router, "static", False):
+            raise GuilomoError(
+                f"Module {self.name!r} of adapter {adapter!r} cannot be merged: its gates depend on the token "
+                f"({type(router).__name__}). Keep the adapter unmerged (PeftModel.from_pretrained), or train with "
+                "router='fixed' or one expert per module if it must be merged."
+            )
+        return router(self.molora_A[adapter].new_zeros(1, self.in_features)).weights[0]  # type: ignore[no-any-return]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the constant-gate change of the active (or given) adapters to the frozen weight.
+
+        Raises:
+            GuilomoError: gates depend on the token, or (with `safe_merge`) the result is not finite.
+        """
+        names = [n for n in (adapter_names or self.active_adapters) if n in self.molora_A]
+        for name in names:
+            if name in self.merged_adapters:
+                continue
+            merged = self.get_base_weight() + self._delta_as_stored(name)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise GuilomoError(f"Merging adapter {name!r} into {self.name!r} gives values that are not finite.")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the frozen weight again, up to rounding."""
+        while self.merged_adapters:
+            self.set_base_weight(self.get_base_weight() - self._delta_as_stored(self.merged_adapters.pop()))
+
+    def _delta_as_stored(self, adapter: str) -> Tensor:
+        delta = self.get_delta_weight(adapter)
+        weight = self.get_base_weight()
+        # Conv1D stores (in, out); a square one cannot be told by its shape.
+        stored = delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta
+        return stored.to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        router = self.molora_router[adapter_name] if adapter_name in self.molora_router else None
+        return router is None or bool(getattr(router, "static", False))
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()
+
+
+def _logits_of_training_rows(router: Router, x: Tensor, n: int) -> Tensor:
+    """The router's logits, computed so that only the first `n` rows of `x` feed its parameters."""
+    frozen = {name: p.detach() for name, p in router.named_parameters()}
+    held_out: Routing = torch.func.functional_call(router, frozen, (x[n:],))
+    return torch.cat([router.logits(x[:n]), held_out.logits])

@@ -1,0 +1,80 @@
+"""Which modules of a model can be adapted, and their shapes."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from guilomo.allocation.plan import ModuleShape
+from guilomo.errors import GuilomoError, invalid
+from guilomo.tuner.config import LoraMoeConfig
+
+
+def linear_shape(module: nn.Module) -> ModuleShape | None:
+    """``(I, O)`` of a linear-like module (plain, quantised, `Conv1D`, or one already adapted); None for others."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, Conv1D):
+        return ModuleShape(int(module.weight.shape[0]), int(module.weight.shape[1]))
+    if isinstance(module, (nn.Bilinear, nn.MultiheadAttention)):
+        return None
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return ModuleShape(*features) if all(isinstance(f, int) for f in features) else None
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:
+    """Every linear-like module of a base model by dotted path, seen through adapters that are already there."""
+    found: dict[str, ModuleShape] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        shape = linear_shape(module)
+        if shape is not None:
+            found[name] = shape
+    return found
+
+
+def target_shapes(model: nn.Module, config: LoraMoeConfig) -> dict[str, ModuleShape]:
+    """The modules that ``config.target_modules`` and its companions select, with their shapes.
+
+    Raises:
+        GuilomoError: nothing matches, or something that matches is not a linear layer.
+    """
+    _fill_in_targets(model, config)
+    shapes = adaptable_modules(model)
+    inside = tuple(f"{n}." for n, m in model.named_modules() if n and isinstance(m, BaseTunerLayer))
+    chosen: dict[str, ModuleShape] = {}
+    for name, module in model.named_modules():
+        matched = bool(name) and not name.startswith(inside) and bool(check_target_module_exists(config, name))
+        if matched and name in shapes:
+            chosen[name] = shapes[name]
+        elif matched:
+            raise invalid(
+                "target_modules",
+                name,
+                f"linear layers, but this is a {type(module).__name__}",
+                "Name it in exclude_modules, or train it whole by naming it in modules_to_save.",
+            )
+    if not chosen:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in shapes})
+        raise invalid("target_modules", config.target_modules, "names that match; this model has " + ", ".join(kinds))
+    return chosen
+
+
+def _fill_in_targets(model: nn.Module, config: LoraMoeConfig) -> None:
+    """PEFT's defaults for a known architecture, and its reading of 'all-linear'."""
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if defaults is None:
+            raise GuilomoError(
+                f"target_modules is not set and there is no default for model type {model_type!r}. "
+                "Name the linear layers to adapt, for example target_modules='all-linear'."
+            )
+        config.target_modules = defaults if isinstance(defaults, str) else set(defaults)  # type: ignore[assignment]
+    _maybe_include_all_linear_layers(config, model)

@@ -1,0 +1,90 @@
+"""Turns a config into the plan in force for one model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from guilomo.allocation import Allocation, ModulePlan, ModuleShape, layers_of
+from guilomo.errors import GuilomoError, invalid
+from guilomo.layers.routers import router_class
+from guilomo.tuner.config import LoraMoeConfig
+from guilomo.tuner.modules import adaptable_modules, target_shapes
+
+
+def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
+    """The allocation that `config` means for `model`.
+
+    Raises:
+        GuilomoError: the config's allocation names modules the model lacks or has in another shape; a pattern matches
+            nothing; a module cannot have what is asked.
+    """
+    plan = config.plan
+    if plan is None:
+        plan = _plan_from_fields(target_shapes(model, config), config)
+    else:
+        shapes = adaptable_modules(model)
+        plan.check_against({name: shape for name, shape in shapes.items() if name in plan.modules})
+    if router_class(config.router).dense:
+        everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
+        plan = replace(plan, modules=everyone)
+    return plan
+
+
+def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> Allocation:
+    """``num_experts`` experts of rank ``r`` everywhere, changed by ``rank_pattern``."""
+    _refuse_unmatched(config.rank_pattern, shapes)
+    modules = {name: _module_plan(name, shape, config) for name, shape in shapes.items()}
+    return Allocation(modules, scaling=config.scaling, alpha=config.lora_alpha, strategy="config")
+
+
+def _module_plan(name: str, shape: ModuleShape, config: LoraMoeConfig) -> ModulePlan:
+    asked = next((v for p, v in config.rank_pattern.items() if _matches(p, name)), config.r)
+    ranks = tuple(_ranks(name, asked, config.num_experts))
+    top_k = min(config.top_k, len(ranks)) if ranks else config.top_k
+    return ModulePlan(*shape, ranks=ranks, top_k=top_k)
+
+
+def _ranks(name: str, asked: Any, experts: int) -> list[int]:
+    if isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
+        return [asked] * experts
+    if isinstance(asked, (list, tuple)) and all(isinstance(r, int) and r >= 1 for r in asked):
+        return list(asked)
+    raise invalid(f"rank_pattern for {name}", asked, "a rank of at least 1, or a list of such ranks ([] = not adapted)")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _refuse_unmatched(patterns: dict[str, Any], shapes: dict[str, ModuleShape]) -> None:
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in shapes):
+            kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
+            raise invalid("rank_pattern", pattern, f"a pattern that matches a targeted module (they end in {kinds})")
+
+
+def balance_groups(plan: Allocation, over: str) -> dict[str, list[str]]:
+    """The routed modules that are balanced together: each alone, or those of one layer.
+
+    Raises:
+        GuilomoError: modules of one layer have different expert counts, so their loads cannot be added.
+    """
+    routed = [name for name, module in plan.adapted().items() if module.experts > 1]
+    if over == "module":
+        return {name: [name] for name in routed}
+    groups: dict[str, list[str]] = {}
+    for name, layer in layers_of(plan.modules).items():
+        if name in routed:
+            groups.setdefault(f"layer {layer}", []).append(name)
+    for group, names in groups.items():
+        counts = {plan[name].experts for name in names}
+        if len(counts) > 1:
+            raise GuilomoError(
+                f"balance_over = 'layer' needs equal expert counts within a layer, but {group} has {sorted(counts)}. "
+                "Use balance_over='module'."
+            )
+    return groups

@@ -1,0 +1,68 @@
+"""The auxiliary loss of a module or of a whole layer, as the config names it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from guilomo.layers.balance import RouterStatistics, balance_loss, z_loss
+from guilomo.tuner.config import LoraMoeConfig
+from guilomo.tuner.context import RoutingContext
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """``balance_coefficient * balance + z_coefficient * z`` over a group of modules.
+
+    Attributes:
+        group: name of the group; modules of one group are balanced together.
+        members: how many routed modules the group has. The last of them to run carries the loss, by when the
+            statistics of all are there; the gradient reaches the others through their part of the sum.
+        form: name of the balance loss, or None.
+        share: 1 for a sum over groups, 1 / number of groups for a mean.
+    """
+
+    group: str
+    members: int
+    form: str | None
+    balance_coefficient: float
+    z_coefficient: float
+    share: float
+
+    @property
+    def active(self) -> bool:
+        return (self.form is not None and self.balance_coefficient > 0) or self.z_coefficient > 0
+
+    def __call__(self, context: RoutingContext, statistics: RouterStatistics) -> Tensor | None:
+        """The weighted loss ``()`` if this module completes its group, else None."""
+        if self.members > 1:
+            ran = context.pending.setdefault(self.group, [])
+            ran.append(statistics)
+            if len(ran) < self.members:
+                return None
+            del context.pending[self.group]
+            statistics = ran[0]
+            for other in ran[1:]:
+                statistics = statistics + other
+        value = self.z_coefficient * z_loss(statistics)
+        if self.form is not None:
+            value = value + self.balance_coefficient * balance_loss(self.form, statistics)
+        return value * self.share
+
+
+def router_losses(config: LoraMoeConfig, groups: dict[str, list[str]]) -> dict[str, RouterLoss]:
+    """The loss of every routed module.
+
+    Args:
+        config: names the form, coefficients and reduction.
+        groups: group name to the routed modules balanced together.
+    """
+    share = 1.0 if config.balance_reduction == "sum" else 1.0 / max(len(groups), 1)
+    return {
+        module: RouterLoss(
+            group, len(modules), config.balance_loss, config.balance_coefficient, config.z_loss_coefficient, share
+        )
+        for group, modules in groups.items()
+        for module in modules
+    }
