@@ -81,5 +81,5 @@ def check_rows(data: SearchData) -> None:
     for name in ("train", "held_out"):
         if len(getattr(data, name)) == 0:
             raise GuilomoError(
-                f"The task has no {name} rows and the search needs some. Raise held_out_fraction or give more training rows."
+                f"The task has no {name} rows; the search needs some. Raise held_out_fraction or give more rows."
             )

@@ -133,24 +133,29 @@ class Search:
     def _router_parameters(self, experts: int, in_features: int) -> int:
         return self.router_cost(experts, in_features) if experts > 1 else 0
 
-    def run(self, progress: Progress | None = None) -> SearchResult:
-        """Runs from the present step to the end, or until the allocation is stable."""
-        self._resume()
+    def run(self, progress: Progress | None = None, should_stop: Callable[[], bool] = lambda: False) -> SearchResult:
+        """Runs from the present step to the end, until the allocation is stable, or until asked to stop.
+
+        Args:
+            progress: see `Progress`.
+            should_stop: asked after every step; when true the state is saved and the result so far returned.
+        """
+        self.resume()
         if not self.foretold:
             self.foretold = estimate(self.problem, self._batch(self.data.train, self.train_order(0)), self.config)
         self.model.train()
-        stopped = self._stable()
-        while self.step < self.config.steps and not stopped:
+        stable, asked = self._stable(), False
+        while self.step < self.config.steps and not stable and not asked:
             started = time.perf_counter()
             text = self._one_step()
             self.step += 1
             self.seconds += time.perf_counter() - started
-            stopped = self._look()
-            if self.step % self.config.checkpoint_every == 0 or stopped or self.step == self.config.steps:
+            stable, asked = self._look(), should_stop()
+            if self.step % self.config.checkpoint_every == 0 or stable or asked or self.step == self.config.steps:
                 self.save()
             if progress is not None:
                 progress(self.step, self.config.steps, text)
-        return self._result(stopped and self.step < self.config.steps)
+        return self._result(stable and self.step < self.config.steps)
 
     def _outer_steps_before(self, step: int) -> int:
         """Number of outer steps among the first `step` steps."""
@@ -322,7 +327,12 @@ class Search:
         }
         save_state(path, tensors, facts)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Continues from the folder's checkpoint, if there is one.
+
+        Raises:
+            GuilomoError: the checkpoint is damaged or of another search.
+        """
         path = self._checkpoint
         if path is None or not path.exists():
             return

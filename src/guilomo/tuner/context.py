@@ -74,7 +74,9 @@ class RoutingContext:
         """Which tokens of ``x (..., I)`` count in router statistics, shaped ``x.shape[:-1]``; None for all."""
         shape = x.shape[:-1]
         counted = None
-        if self.real is not None and len(shape) and self.real.shape[0] * self.real.shape[-1] >= shape.numel():
+        # A pooler sees one token per row, (B, I): none of them is padding, and the mask's columns are not its own.
+        pooled = self.real is not None and tuple(shape) == (self.real.shape[0],)
+        if self.real is not None and len(shape) and not pooled and self.real.numel() >= shape.numel():
             rows = shape.numel() // max(self.real.shape[0], 1)
             # With a key-value cache the mask covers past tokens too; the layer sees only the newest ones.
             newest = self.real[:, self.real.shape[1] - rows :]
@@ -112,7 +114,7 @@ def end_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: d
     context.in_forward = False
     if not torch.is_grad_enabled():
         return output
-    return measure_loss_scale(output, context.scale, token_share(_named_inputs(module, args, kwargs)))
+    return measure_loss_scale(output, context.scale, token_share(module, _named_inputs(module, args, kwargs)))
 
 
 def _named_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if not needed and not self.context.record:
             return y
         statistics = router_statistics(routing, self.context.counted(x))
-        self.context.observe(self.name, statistics)
+        if adapter == self.active_adapters[0]:  # one record per module: adapters may differ in their expert counts
+            self.context.observe(self.name, statistics)
         value = loss(self.context, statistics) if needed else None
         return y if value is None else attach_loss(y, value, self.context.scale)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from guilomo.layers.attach import LossScale
 
@@ -28,20 +29,34 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.scale.value = grad.detach().sum().float() * ctx.sign * ctx.share
+        scale = grad.detach().sum().float() * ctx.sign * ctx.share
+        if ctx.sign < 0:
+            # Preference losses push some log-probabilities down: the sum then says nothing about the scale.
+            scale = torch.where((grad > 0).any(), 1.0, scale)
+        ctx.scale.value = scale
         return grad, None, None, None
 
 
-def token_share(inputs: dict[str, Any]) -> float | Tensor:
-    """This micro-batch's share of the label tokens of the whole step, when the trainer passes their number.
+def token_share(model: nn.Module, inputs: dict[str, Any]) -> float | Tensor:
+    """This micro-batch's share of the labels of the whole step, when the trainer passes their number.
 
-    A language model that is given ``num_items_in_batch`` N returns ``sum of token losses / N``: its upstream gradient
-    is 1 for every micro-batch, and an auxiliary mean over the micro-batch's tokens must be weighted by its share.
+    A model that is given ``num_items_in_batch`` N returns ``sum of losses / N``: its upstream gradient is 1 for every
+    micro-batch, and an auxiliary mean over the micro-batch must be weighted by its share. Labels are counted as
+    transformers' Trainer counts N: causal language models predict no first token, all others use every label.
     """
-    total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-    if total is None or not isinstance(labels, Tensor) or labels.dim() < 2:
+    total, labels, shifted = (inputs.get(k) for k in ("num_items_in_batch", "labels", "shift_labels"))
+    if total is None or not isinstance(labels, Tensor):
         return 1.0
-    return (labels[..., 1:] != -100).sum() / total
+    if isinstance(shifted, Tensor):
+        labels = shifted
+    elif labels.dim() > 1 and _shifts_labels(model):
+        labels = labels[..., 1:]
+    return (labels != -100).sum() / total
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def measure_loss_scale(output: Any, scale: LossScale, share: float | Tensor) -> Any:

@@ -36,11 +36,13 @@ class LoraMoeModel(BaseTuner):
         """Fixes the plan of an adapter and writes it into its config, from where it is saved."""
         plan = resolve_allocation(model, config)
         config.allocation = plan.to_dict()
-        config.rank_pattern = {}  # the plan says it now; PEFT would warn about patterns of modules left unadapted
+        # The plan says these now; PEFT would warn about patterns and exclusions that match nothing it adapts.
+        config.rank_pattern = {}
+        config.exclude_modules = None
         config.target_modules = set(plan.adapted())  # type: ignore[assignment]
         # Plain attributes: nn.Module would take dicts of modules for submodules, but these hold none.
         self.__dict__.setdefault("_plans", {})[adapter_name] = plan
-        losses = router_losses(config, balance_groups(plan, config.balance_over))
+        losses = router_losses(config, balance_groups(plan, config.balance_over), adapter_name)
         self.__dict__.setdefault("_losses", {})[adapter_name] = losses
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

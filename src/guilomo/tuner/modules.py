@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,16 +28,20 @@ def linear_shape(module: nn.Module) -> ModuleShape | None:
 def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:
     """Every linear-like module of a base model by dotted path, seen through adapters that are already there."""
     found: dict[str, ModuleShape] = {}
-    inside: tuple[str, ...] = ()
+    inside = _insides(model)
     for name, module in model.named_modules():
-        if not name or name.startswith(inside):
+        if not name or name.startswith(inside) or isinstance(module, AuxiliaryTrainingWrapper):
             continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
         shape = linear_shape(module)
         if shape is not None:
             found[name] = shape
     return found
+
+
+def _insides(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what lies inside adapted layers and inside PEFT's wrappers of modules that are trained whole."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, wrappers))
 
 
 def target_shapes(model: nn.Module, config: LoraMoeConfig) -> dict[str, ModuleShape]:
@@ -47,7 +52,7 @@ def target_shapes(model: nn.Module, config: LoraMoeConfig) -> dict[str, ModuleSh
     """
     _fill_in_targets(model, config)
     shapes = adaptable_modules(model)
-    inside = tuple(f"{n}." for n, m in model.named_modules() if n and isinstance(m, BaseTunerLayer))
+    inside = _insides(model)
     chosen: dict[str, ModuleShape] = {}
     for name, module in model.named_modules():
         matched = bool(name) and not name.startswith(inside) and bool(check_target_module_exists(config, name))
@@ -77,4 +82,11 @@ def _fill_in_targets(model: nn.Module, config: LoraMoeConfig) -> None:
                 "Name the linear layers to adapt, for example target_modules='all-linear'."
             )
         config.target_modules = defaults if isinstance(defaults, str) else set(defaults)  # type: ignore[assignment]
-    _maybe_include_all_linear_layers(config, model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        # PEFT knows adapted linears by a class name that contains "Linear", and takes the copies of a trained head
+        # (modules_to_save) for linears of the model: a second adapter would miss the former and get the latter.
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        adapted = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m is not head}
+        named = adapted | set(config.target_modules or ())
+        config.target_modules = named & set(adaptable_modules(model))  # type: ignore[assignment]

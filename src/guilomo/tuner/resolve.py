@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -27,11 +28,26 @@ def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
         plan = _plan_from_fields(target_shapes(model, config), config)
     else:
         shapes = adaptable_modules(model)
+        _refuse_unknown(plan, shapes)
         plan.check_against({name: shape for name, shape in shapes.items() if name in plan.modules})
+    if not plan.adapted():
+        raise GuilomoError(
+            "The allocation gives no experts to any module, so there is nothing to train. "
+            "Give at least one module a non-empty list of ranks."
+        )
     if router_class(config.router).dense:
         everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
         plan = replace(plan, modules=everyone)
     return plan
+
+
+def _refuse_unknown(plan: Allocation, shapes: dict[str, ModuleShape]) -> None:
+    """A plan may leave linears of the model out, but what it names must be one of them."""
+    for name in plan.modules:
+        if name not in shapes:
+            near = get_close_matches(name, list(shapes), n=1, cutoff=0.5)
+            remedy = f"Did you mean {near[0]!r}?" if near else "Remove it, or load the model the plan was made for."
+            raise invalid("allocation module", name, f"one of the model's {len(shapes)} linear layers", remedy)
 
 
 def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> Allocation:

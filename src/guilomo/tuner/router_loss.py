@@ -51,17 +51,23 @@ class RouterLoss:
         return value * self.share
 
 
-def router_losses(config: LoraMoeConfig, groups: dict[str, list[str]]) -> dict[str, RouterLoss]:
+def router_losses(config: LoraMoeConfig, groups: dict[str, list[str]], adapter: str) -> dict[str, RouterLoss]:
     """The loss of every routed module.
 
     Args:
         config: names the form, coefficients and reduction.
         groups: group name to the routed modules balanced together.
+        adapter: its name; two adapters that are active together must not fill each other's groups.
     """
     share = 1.0 if config.balance_reduction == "sum" else 1.0 / max(len(groups), 1)
     return {
         module: RouterLoss(
-            group, len(modules), config.balance_loss, config.balance_coefficient, config.z_loss_coefficient, share
+            group=f"{adapter}: {group}",
+            members=len(modules),
+            form=config.balance_loss,
+            balance_coefficient=config.balance_coefficient,
+            z_coefficient=config.z_loss_coefficient,
+            share=share,
         )
         for group, modules in groups.items()
         for module in modules

@@ -1,0 +1,48 @@
+"""Plans: which experts and ranks every module gets, what they cost, and how to choose them."""
+
+from guilomo.allocation.budget import fit, same_budget
+from guilomo.allocation.chance import random_plan
+from guilomo.allocation.costs import RouterCost, linear_router, no_router
+from guilomo.allocation.hilo import hilo, rank_ramp
+from guilomo.allocation.learned import learned
+from guilomo.allocation.mola import MOLA_SHAPES, mola
+from guilomo.allocation.names import layers_of, site
+from guilomo.allocation.normal import normal
+from guilomo.allocation.plan import SCALINGS, Allocation, ModuleChange, ModulePlan, ModuleShape
+from guilomo.allocation.preference import Preference
+from guilomo.allocation.registry import STRATEGIES, make, strategy_options
+from guilomo.allocation.rules import rules
+from guilomo.allocation.spectral import alphalora, alphalora_counts, hill_alpha
+from guilomo.allocation.uniform import lora, uniform
+
+__all__ = [
+    "MOLA_SHAPES",
+    "SCALINGS",
+    "STRATEGIES",
+    "Allocation",
+    "ModuleChange",
+    "ModulePlan",
+    "ModuleShape",
+    "Preference",
+    "RouterCost",
+    "alphalora",
+    "alphalora_counts",
+    "fit",
+    "hill_alpha",
+    "hilo",
+    "layers_of",
+    "learned",
+    "linear_router",
+    "lora",
+    "make",
+    "mola",
+    "no_router",
+    "normal",
+    "random_plan",
+    "rank_ramp",
+    "rules",
+    "same_budget",
+    "site",
+    "strategy_options",
+    "uniform",
+]

@@ -1,0 +1,53 @@
+"""Exact parameter and FLOP counts of a module, with the router's share as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guilomo.allocation.modules import ModulePlan
+
+RouterCost = Callable[[int, int], int]
+"""(experts E, in_features I) -> trainable parameters of the module's router."""
+
+
+def linear_router(experts: int, in_features: int) -> int:
+    """E*I: one bias-free linear per module (MoLA, GuiLoMo). One expert always has gate 1 and needs no router."""
+    return experts * in_features if experts > 1 else 0
+
+
+def no_router(experts: int, in_features: int) -> int:
+    """0: routing without parameters (fixed gates, plain LoRA)."""
+    return 0
+
+
+def expert_parameters(plan: ModulePlan) -> int:
+    """R*(I+O): the packed A (R, I) and B (O, R)."""
+    return plan.rank * (plan.in_features + plan.out_features)
+
+
+def router_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
+    """The router's parameters; 0 for a module that is not adapted."""
+    return router(plan.experts, plan.in_features) if plan.adapted else 0
+
+
+def module_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
+    """Trainable parameters of one module: R*(I+O) + router (MoLA section 3; the formula of most LoRA-MoEs)."""
+    return expert_parameters(plan) + router_parameters(plan, router)
+
+
+def module_active_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> float:
+    """Parameters one token uses: K/E of the expert parameters, plus the router.
+
+    With mixed ranks this is the mean over experts, that is the expectation under uniform routing.
+    """
+    share = plan.top_k / plan.experts if plan.adapted else 0.0
+    return share * expert_parameters(plan) + router_parameters(plan, router)
+
+
+def module_flops(plan: ModulePlan, router: RouterCost = linear_router) -> int:
+    """Forward FLOPs per token of packed evaluation, which computes all R rows whatever the routing chose.
+
+    2 per multiply-add over A (R, I), B (O, R) and the router, taken to use each of its parameters once. The R
+    products with the gate and the softmax over E are left out: both are thousands of times smaller.
+    """
+    return 2 * module_parameters(plan, router)

@@ -1,0 +1,94 @@
+"""What is planned for one adapted linear."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from guilomo.errors import GuilomoError, invalid
+
+
+class ModuleShape(NamedTuple):
+    """Size of one linear: in_features I, out_features O (its weight is (O, I))."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The experts of one linear.
+
+    Attributes:
+        in_features: I.
+        out_features: O.
+        ranks: rank of each expert, its length is E; empty means that the module is not adapted.
+        top_k: K, how many experts a token uses.
+
+    Raises:
+        GuilomoError: a size, a rank or top_k is not a positive integer, or top_k exceeds the expert count.
+    """
+
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...] = ()
+    top_k: int = 2
+
+    def __post_init__(self) -> None:
+        for field in ("in_features", "out_features", "top_k"):
+            object.__setattr__(self, field, positive_int(field, getattr(self, field)))
+        if isinstance(self.ranks, (int, str)):
+            raise invalid("ranks", self.ranks, "a sequence with one rank per expert", "Write (8, 8) for 2 of rank 8.")
+        object.__setattr__(self, "ranks", tuple(positive_int("rank", rank) for rank in self.ranks))
+        if self.adapted and self.top_k > self.experts:
+            remedy = "Lower top_k or give the module more experts."
+            raise invalid("top_k", self.top_k, f"at most the expert count, {self.experts}", remedy)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """R, the packed rank: the sum of the expert ranks."""
+        return sum(self.ranks)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the module has any expert."""
+        return bool(self.ranks)
+
+    @property
+    def shape(self) -> ModuleShape:
+        """(I, O)."""
+        return ModuleShape(self.in_features, self.out_features)
+
+
+def positive_int(field: str, value: Any) -> int:
+    """`value` as a Python int (numpy integers included).
+
+    Raises:
+        GuilomoError: not an integer, a bool, or below 1.
+    """
+    number = operator.index(value) if hasattr(type(value), "__index__") and not isinstance(value, bool) else 0
+    if number < 1:
+        raise invalid(field, value, "an integer of at least 1", _remedy(field))
+    return number
+
+
+def _remedy(field: str) -> str:
+    return "Leave ranks empty to leave the module unadapted." if field == "rank" else ""
+
+
+def plan_module(name: str, shape: tuple[int, int], ranks: tuple[int, ...], top_k: int) -> ModulePlan:
+    """A ModulePlan whose errors also name the module.
+
+    Raises:
+        GuilomoError: as ModulePlan, prefixed with the module's name.
+    """
+    try:
+        return ModulePlan(shape[0], shape[1], ranks, top_k)
+    except GuilomoError as error:
+        raise GuilomoError(f"module {name!r}: {error}") from None

@@ -1,0 +1,32 @@
+"""Evaluation: scoring models on tasks, and statistics that say how sure a score or a difference is."""
+
+from .lm_eval import run_lm_eval
+from .scoring import Evaluation, evaluate
+from .statistics import (
+    Difference,
+    McNemar,
+    Score,
+    bootstrap,
+    bootstrap_counts,
+    holm,
+    mcnemar,
+    paired_difference,
+    t_interval,
+    wilson,
+)
+
+__all__ = [
+    "Difference",
+    "Evaluation",
+    "McNemar",
+    "Score",
+    "bootstrap",
+    "bootstrap_counts",
+    "evaluate",
+    "holm",
+    "mcnemar",
+    "paired_difference",
+    "run_lm_eval",
+    "t_interval",
+    "wilson",
+]

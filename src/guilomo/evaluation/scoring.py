@@ -1,0 +1,178 @@
+"""Scoring a model on one split of a task: one call, one `Evaluation` with per-row results and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import invalid
+from ..tasks import Example, Task
+from ..tasks.templates import completion
+from . import metrics
+from .answers import is_right
+from .forward import Progress, evaluating, row_results
+from .generation import generate_answers
+from .options import score_options
+from .statistics import Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored, with everything needed to pair it with another model row by row.
+
+    Attributes:
+        task, kind, split: what was scored.
+        data_hash: of the task; only evaluations with equal hashes may be paired.
+        metrics: each with its interval. Always "loss" (nats per prediction); see `evaluate` for the others.
+        ids: of the rows, in the order of the split; all lists below follow it.
+        row_loss: loss sum of each row, in nats.
+        row_tokens: predictions (tokens with a label; 1 for classification) of each row.
+        predictions: class or option index of each row, or the generated text; None if nothing was predicted.
+        correct: whether each prediction is right; None if nothing was predicted.
+        generated: generated texts, if asked for.
+    """
+
+    task: str
+    kind: str
+    split: str
+    data_hash: str
+    metrics: dict[str, Score]
+    ids: list[str]
+    row_loss: list[float]
+    row_tokens: list[int]
+    predictions: list[int] | list[str] | None
+    correct: list[bool] | None
+    generated: list[str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**self.__dict__, "metrics": {name: score.to_dict() for name, score in self.metrics.items()}}
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: str = "test",
+    batch_size: int = 32,
+    generate: bool = False,
+    progress: Progress | None = None,
+    max_new_tokens: int | None = None,
+) -> Evaluation:
+    """Scores `model` on a split, in evaluation mode and without gradients; training flags are restored.
+
+    Metrics by kind of task:
+        classification: loss, accuracy, f1 (binary for two classes, else macro), matthews.
+        causal_lm: loss and perplexity of the answers. If the rows have choices also accuracy (likeliest option) and
+            accuracy_per_character (likelihood divided by the option's characters), and for shared class names f1 and
+            matthews. With `generate` also exact_match (see `answers`).
+        lm: loss and perplexity per token.
+
+    Args:
+        model: anything whose call returns an object with `logits`; for `generate` also with `generate`.
+        task: the task.
+        split: "train", "held_out" or "test".
+        batch_size: rows per batch; it does not change the scores beyond rounding.
+        generate: also generate answers greedily (causal_lm only).
+        progress: called with (rows done, rows in all) after each batch, anew for each pass.
+        max_new_tokens: longest generated answer, see `generate_answers`.
+
+    Raises:
+        GuilomoError: no such split, an empty split, or `generate` for another kind than causal_lm.
+    """
+    rows = task.rows(split)
+    if not rows:
+        raise invalid("split", split, "a split with rows", "Set held_out_fraction or the sources so that it has some.")
+    if generate and task.kind != "causal_lm":
+        raise invalid("generate", generate, f"False for a task of kind {task.kind!r}", "Use kind: causal_lm.")
+    work = _Pass(model, task, split, batch_size, progress)
+    with evaluating(model):
+        if task.kind == "classification":
+            return _classification(work)
+        return _language(work, generate, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What all parts of one evaluation need."""
+
+    model: nn.Module
+    task: Task
+    split: str
+    batch_size: int
+    progress: Progress | None
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.task.examples[self.split]
+
+    def results(self) -> tuple[list[float], list[int], list[int]]:
+        """Loss, predictions counted and predicted class of each row."""
+        return row_results(self.model, self.task, self.task.rows(self.split), self.batch_size, self.progress)
+
+    def evaluation(self, scores: dict[str, Score], losses: list[float], counts: list[int], **found: Any) -> Evaluation:
+        """Joins scores and per-row results with what identifies the rows."""
+        task = self.task
+        ids = [str(row["example"]) for row in task.rows(self.split)]
+        empty = {"predictions": None, "correct": None}
+        return Evaluation(
+            task.name, task.kind, self.split, task.data_hash, scores, ids, losses, counts, **{**empty, **found}
+        )
+
+
+def _classification(work: _Pass) -> Evaluation:
+    losses, counts, guesses = work.results()
+    labels = [int(row["labels"]) for row in work.task.rows(work.split)]
+    correct = [a == b for a, b in zip(labels, guesses, strict=True)]
+    scores = {"loss": metrics.mean_loss(losses, counts), **_class_metrics(labels, guesses, work.task.num_labels)}
+    return work.evaluation(scores, losses, counts, predictions=guesses, correct=correct)
+
+
+def _language(work: _Pass, generate: bool, max_new_tokens: int | None) -> Evaluation:
+    losses, counts, _ = work.results()
+    scores = {"loss": metrics.mean_loss(losses, counts), "perplexity": metrics.perplexity(losses, counts)}
+    found: dict[str, Any] = {}
+    if work.examples and all(example.choices for example in work.examples):
+        found = _choose(work, scores)
+    if generate:
+        # Where there are options they stay the predictions; the texts are kept beside them.
+        found = {**_generate(work, max_new_tokens, scores), **found}
+    return work.evaluation(scores, losses, counts, **found)
+
+
+def _class_metrics(labels: Sequence[int], guesses: Sequence[int], classes: int) -> dict[str, Score]:
+    return {
+        "accuracy": metrics.accuracy([a == b for a, b in zip(labels, guesses, strict=True)]),
+        "f1": metrics.f1(labels, guesses, classes, "binary" if classes == 2 else "macro"),
+        "matthews": metrics.matthews(labels, guesses, classes),
+    }
+
+
+def _choose(work: _Pass, scores: dict[str, Score]) -> dict[str, Any]:
+    """Option likelihood; an option is right if its words are, since some sets repeat an option."""
+    examples = work.examples
+    found = score_options(work.model, work.task, examples, work.batch_size, work.progress)
+    correct = _option_hits(examples, found.by_sum)
+    first = examples[0].choices or ()
+    if all(example.type == "cls" and example.choices == first for example in examples):
+        scores |= _class_metrics([example.label or 0 for example in examples], found.by_sum, len(first))
+    scores["accuracy"] = metrics.accuracy(correct)
+    scores["accuracy_per_character"] = metrics.accuracy(_option_hits(examples, found.by_character))
+    return {"predictions": found.by_sum, "correct": correct}
+
+
+def _option_hits(examples: Sequence[Example], guesses: Sequence[int]) -> list[bool]:
+    return [
+        example.choices is not None and example.choices[guess] == example.answer
+        for example, guess in zip(examples, guesses, strict=True)
+    ]
+
+
+def _generate(work: _Pass, max_new_tokens: int | None, scores: dict[str, Score]) -> dict[str, Any]:
+    """Exact match of greedily generated answers."""
+    texts = generate_answers(work.model, work.task, work.examples, work.batch_size, max_new_tokens, work.progress)
+    hits = [is_right(text, completion(example)) for text, example in zip(texts, work.examples, strict=True)]
+    scores["exact_match"] = metrics.accuracy(hits)
+    return {"predictions": texts, "correct": hits, "generated": texts}

@@ -1,0 +1,195 @@
+"""Puts the finished parts of a run together: results.json, with tests and a verdict in plain words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import guilomo
+from guilomo.allocation import Allocation
+from guilomo.evaluation import holm, paired_difference, t_interval
+from guilomo.run import environment
+from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
+from guilomo.run.files import read_json
+
+if TYPE_CHECKING:
+    from guilomo.run.pipeline import Run
+
+SCHEMA = 1
+KINDS = {SEARCHED: "searched", PLAIN_LORA: "baseline"}
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """The content of results.json from the stages that are done."""
+    config = run.config
+    methods = [m for m in (_method(run, method) for method in config.methods) if m is not None]
+    wanted = len(config.methods) * len(config.seeds)
+    search = config.folder / "search" / "search.json"
+    metric = config.evaluation.metric or _leading_metric(methods)
+    tests = _tests(run, methods)
+    return {
+        "schema": SCHEMA,
+        "guilomo": guilomo.__version__,
+        "name": config.name,
+        "command": run.command,
+        "created": environment.now(),
+        "status": "complete" if sum(len(m["runs"]) for m in methods) == wanted else "partial",
+        "versions": environment.versions(),
+        "hardware": environment.hardware(),
+        "seconds": _seconds(run, methods, search.exists()),
+        "config": config.model_dump(mode="json"),
+        "data": _data(run),
+        "model": {"name": config.model.path, "parameters": run.facts["parameters"]},
+        "budget": {"parameters": run.facts["budget"], "source": run.facts["budget_source"]},
+        "search": read_json(search) if search.exists() else None,
+        "methods": [{k: v for k, v in m.items() if k != "rows"} for m in methods],
+        "tests": tests,
+        "primary_metric": metric,
+        "verdict": verdict(methods, tests, metric),
+    }
+
+
+def _data(run: Run) -> dict[str, Any]:
+    task = run.task
+    chance = None
+    if task.kind == "classification":
+        labels = [row["labels"] for row in task.test]
+        chance = max(np.bincount(labels)) / len(labels)
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "hash": task.data_hash,
+        "sizes": {split: len(task.rows(split)) for split in ("train", "held_out", "test")},
+        "labels": task.labels,
+        "chance": None if chance is None else round(float(chance), 4),
+        "truncated": sum(task.truncated.values()),
+    }
+
+
+def _seconds(run: Run, methods: list[dict[str, Any]], searched: bool) -> dict[str, float]:
+    search = read_json(run.config.folder / "search" / "search.json")["seconds"] if searched else 0.0
+    train = sum(r["train_seconds"] for m in methods for r in m["runs"])
+    return {"search": search, "train": round(train, 1), "total": round(search + train, 1)}
+
+
+def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
+    """One row: plan, costs, runs; None before its plan is known."""
+    folder = run.config.folder / "methods" / method.name
+    if not (folder / "allocation.json").exists():
+        return None
+    plan = Allocation.load(folder / "allocation.json")
+    found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
+    full = [read_json(path) for path in found if path.exists()]
+    runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
+    return {
+        "name": method.name,
+        "label": method.label,
+        "kind": KINDS.get(method.strategy, "control"),
+        "allocation": plan.to_dict(),
+        "parameters": plan.parameters(run.router_cost),
+        "active_parameters": plan.active_parameters(run.router_cost),
+        "flops_per_token": plan.flops_per_token(run.router_cost),
+        "runs": runs,
+        "summary": _summary(runs),
+        "rows": [r["rows"] for r in full],
+    }
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of every metric over seeds. With one seed the interval is that of the test rows."""
+    out: dict[str, Any] = {}
+    for name in runs[0]["metrics"] if runs else ():
+        if len(runs) == 1:
+            only = runs[0]["metrics"][name]
+            out[name] = {"mean": only["value"], "low": only["low"], "high": only["high"], "seeds": 1}
+        else:
+            score = t_interval([r["metrics"][name]["value"] for r in runs])
+            out[name] = {"mean": score.value, "low": score.low, "high": score.high, "seeds": len(runs)}
+    return out
+
+
+def _leading_metric(methods: list[dict[str, Any]]) -> str:
+    names = {name for m in methods for name in m["summary"]}
+    return next((n for n in ("accuracy", "exact_match", "perplexity") if n in names), "loss")
+
+
+def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The searched method against every other: paired per test row, averaged over seeds first; Holm over all."""
+    searched = next((m for m in methods if m["kind"] == "searched" and m["rows"]), None)
+    if searched is None:
+        return []
+    found = []
+    for other in methods:
+        if other is searched or len(other["rows"]) != len(searched["rows"]):
+            continue
+        for metric, values in (("loss", _row_losses), ("accuracy", _row_hits)):
+            a, b = values(searched["rows"]), values(other["rows"])
+            if a is None or b is None:
+                continue
+            difference = paired_difference(a, b, seed=0)
+            score = difference.score
+            found.append(
+                {
+                    "a": searched["name"],
+                    "b": other["name"],
+                    "metric": metric,
+                    "difference": score.value,
+                    "low": score.low,
+                    "high": score.high,
+                    "p": difference.p_value,
+                    "test": "paired bootstrap over test rows",
+                }
+            )
+    for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
+        test["p_corrected"] = corrected
+    return found
+
+
+def _row_losses(rows: list[dict[str, Any]]) -> Any:
+    losses = [np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows]
+    return np.mean(losses, axis=0)
+
+
+def _row_hits(rows: list[dict[str, Any]]) -> Any:
+    if any(r["correct"] is None for r in rows):
+        return None
+    return np.mean([np.array(r["correct"], dtype=float) for r in rows], axis=0)
+
+
+def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]], metric: str) -> list[str]:
+    """What the numbers say and do not say, in plain sentences."""
+    searched = next((m for m in methods if m["kind"] == "searched" and m["runs"]), None)
+    if searched is None or not tests:
+        return []
+    labels = {m["name"]: m["label"] for m in methods}
+    out = []
+    for name, noun in (("accuracy", "accuracy"), ("loss", "loss per row")):
+        group = [t for t in tests if t["metric"] == name]
+        if not group:
+            continue
+        sure = [t for t in group if t["p_corrected"] < 0.05]
+        better = [labels[t["b"]] for t in sure if (t["difference"] < 0) == (name == "loss")]
+        worse = [labels[t["b"]] for t in sure if (t["difference"] < 0) != (name == "loss")]
+        even = [labels[t["b"]] for t in group if t not in sure]
+        out += _sentences(searched["label"], noun, better, worse, even)
+    seeds = len(searched["runs"])
+    if seeds < 3:
+        runs = "one training run" if seeds == 1 else f"{seeds} training runs"
+        out.append(f"Each method has {runs}; intervals cover the choice of test rows, not the luck of training.")
+    return out
+
+
+def _sentences(label: str, noun: str, better: list[str], worse: list[str], even: list[str]) -> list[str]:
+    out = []
+    if better:
+        out.append(f"{label} is better in {noun} than {_list(better)}, beyond chance (Holm-corrected p < 0.05).")
+    if worse:
+        out.append(f"{label} is worse in {noun} than {_list(worse)}, beyond chance (Holm-corrected p < 0.05).")
+    if even:
+        out.append(f"In {noun}, these results cannot tell {label} from {_list(even)}.")
+    return out
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

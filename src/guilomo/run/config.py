@@ -1,0 +1,166 @@
+"""A recipe: everything one run needs, as one validated object. YAML files and the CLI's ``--set`` fill it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from guilomo.search import SearchConfig
+from guilomo.tasks import TaskConfig
+from guilomo.training import TrainConfig
+
+SEARCHED = "guilomo"
+"""The strategy name of the method whose allocation the search decides."""
+PLAIN_LORA = "lora"
+"""The strategy name of PEFT's own LoRA at the same budget."""
+
+
+class ModelConfig(BaseModel):
+    """Which pretrained model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(
+        "minilm", description="minilm (packaged, extra 'demo'), a folder, or a name on the Hub. $GUILOMO_DATA expands."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the frozen weights. bfloat16: half the memory, slightly less exact."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class MixtureConfig(BaseModel):
+    """What is attached to the model; the plan says how much of it. See `LoraMoeConfig`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_modules: str | list[str] = Field("all-linear", description="Names or regex of the linears to adapt.")
+    exclude_modules: str | list[str] | None = Field(None, description="Names or regex of linears to leave out.")
+    modules_to_save: list[str] | None = Field(None, description="Other modules to train, beside a task head.")
+    top_k: int = Field(2, ge=1, description="Experts chosen per token.")
+    router: Literal["topk", "dense", "fixed"] = Field("topk", description="How experts are weighted.")
+    alpha: float = Field(16.0, gt=0, description="Numerator of the experts' scale.")
+    scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "constant"] = Field(
+        "alpha_over_r", description="Scale of an expert: alpha/r, alpha/sqrt(r) or alpha."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' input.")
+    balance_loss: Literal["switch", "switch_per_slot", "sign", "cv_squared"] | None = Field(
+        "switch", description="Form of the balance loss; null: none."
+    )
+    balance_coefficient: float = Field(0.001, ge=0, description="Weight of the balance loss.")
+    balance_over: Literal["module", "layer"] = Field("module", description="What is balanced together.")
+    balance_reduction: Literal["sum", "mean"] = Field("sum", description="Over modules or layers.")
+    z_loss_coefficient: float = Field(0.0, ge=0, description="Weight of the z-loss.")
+
+    def peft_options(self) -> dict[str, Any]:
+        """The fields of `LoraMoeConfig` that do not depend on the plan."""
+        same = ("target_modules", "exclude_modules", "modules_to_save", "top_k", "router", "scaling", "balance_loss")
+        loss = ("balance_coefficient", "balance_over", "balance_reduction", "z_loss_coefficient")
+        options = {name: getattr(self, name) for name in (*same, *loss)}
+        return {**options, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+
+
+class BudgetConfig(BaseModel):
+    """Trainable parameters every method may use, routers included, task heads not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: int | None = Field(None, ge=1, description="The budget itself; unset: that of the uniform plan below.")
+    experts: int = Field(4, ge=1, description="Experts per module of the uniform plan that sets the budget.")
+    rank: int = Field(2, ge=1, description="Rank per expert of the uniform plan that sets the budget.")
+
+
+class MethodConfig(BaseModel):
+    """One row of the comparison."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Name of the row, unique in the run.")
+    strategy: str = Field("", description="guilomo, lora, or an allocation strategy; unset: the same as name.")
+    label: str = Field("", description="How the report calls it; unset: the name.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation strategy.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _defaults(self) -> MethodConfig:
+        self.strategy = self.strategy or self.name
+        self.label = self.label or LABELS.get(self.name, self.name)
+        return self
+
+
+LABELS = {
+    "guilomo": "GuiLoMo (searched)",
+    "lora": "LoRA (PEFT)",
+    "uniform": "uniform experts and ranks",
+    "random": "random allocation",
+    "mola": "MoLA ▽",
+    "normal": "NormalE",
+    "alphalora": "AlphaLoRA",
+    "hilo": "HILO",
+}
+
+
+class EvaluationConfig(BaseModel):
+    """How methods are scored, on the test split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_size: int = Field(64, ge=1, description="Rows per batch; does not change scores.")
+    generate: bool = Field(False, description="causal_lm: also generate answers greedily and match them exactly.")
+    metric: str | None = Field(None, description="Metric the report leads with; unset: accuracy, else loss.")
+
+
+class RunConfig(BaseModel):
+    """A recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field("run", description="Title of the run.")
+    output: str = Field("", description="Folder for everything the run writes; unset: runs/<name>.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    mixture: MixtureConfig = Field(default_factory=MixtureConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    methods: list[MethodConfig] = Field(
+        default_factory=lambda: [MethodConfig(name=n) for n in ("guilomo", "lora", "uniform", "random")],
+        description="Rows of the comparison, all at the same budget.",
+    )
+    seeds: list[int] = Field(default=[0], min_length=1, description="One training per method and seed.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds = {seeds} has repeats; a repeated seed is not a second observation.")
+        return seeds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"methods has rows of the same name: {names}. Give each a name of its own.")
+        if "top_k" in self.search.model_fields_set and self.search.top_k != self.mixture.top_k:
+            raise ValueError(
+                f"search.top_k = {self.search.top_k} contradicts mixture.top_k = {self.mixture.top_k}. Set the latter."
+            )
+        if self.search.max_experts < self.mixture.top_k:
+            raise ValueError(
+                f"search.max_experts = {self.search.max_experts} is below mixture.top_k = {self.mixture.top_k}. "
+                "Raise the first or lower the second."
+            )
+        self.search = self.search.model_copy(update={"top_k": self.mixture.top_k})
+        self.output = self.output or f"runs/{self.name}"
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output).expanduser()

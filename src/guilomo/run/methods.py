@@ -1,0 +1,96 @@
+"""The methods of a comparison: the plan of each at the common budget, and its attachment to a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+
+from guilomo.allocation import Allocation, ModuleShape, RouterCost, linear_router, no_router
+from guilomo.allocation.registry import STRATEGIES, make
+from guilomo.allocation.uniform import uniform
+from guilomo.errors import unknown
+from guilomo.layers.routers import router_class
+from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig, RunConfig
+from guilomo.search import search_sized
+from guilomo.tasks import Task
+from guilomo.tuner import LoraMoeConfig, target_shapes
+
+TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM, "lm": TaskType.CAUSAL_LM}
+
+
+def check_methods(config: RunConfig) -> None:
+    """Refuses unknown strategies before anything is loaded."""
+    for method in config.methods:
+        if method.strategy not in {SEARCHED, *STRATEGIES} - {"learned"}:
+            raise unknown(f"strategy of method {method.name!r}", method.strategy, {SEARCHED, *STRATEGIES} - {"learned"})
+
+
+def mixture_config(config: RunConfig, task: Task, **options: Any) -> LoraMoeConfig:
+    """The PEFT config of a mixture in this run."""
+    settings = {**config.mixture.peft_options(), "task_type": TASK_TYPES[task.kind], **options}
+    return LoraMoeConfig(**settings)
+
+
+def search_mixture(config: RunConfig, task: Task) -> LoraMoeConfig:
+    """The PEFT config of the over-provisioned mixture that the search starts from."""
+    return search_sized(config.search, **config.mixture.peft_options(), task_type=TASK_TYPES[task.kind])
+
+
+def model_shapes(model: nn.Module, config: RunConfig, task: Task) -> dict[str, ModuleShape]:
+    """The modules of the model that the run adapts."""
+    return target_shapes(model, search_mixture(config, task))
+
+
+def router_cost(config: RunConfig) -> RouterCost:
+    """What the run's router costs; a single expert has none."""
+    count = router_class(config.mixture.router).parameters_for
+    if config.mixture.router == "topk":
+        return linear_router
+    return no_router if count(2, 1) == 0 else lambda experts, features: count(experts, features) if experts > 1 else 0
+
+
+def resolve_budget(config: RunConfig, shapes: dict[str, ModuleShape]) -> tuple[int, str]:
+    """The budget in parameters, and in words where it comes from."""
+    wanted = config.budget
+    if wanted.parameters is not None:
+        return wanted.parameters, f"{wanted.parameters:,} parameters, as given"
+    plan = uniform(shapes, experts=wanted.experts, rank=wanted.rank, top_k=min(config.mixture.top_k, wanted.experts))
+    return plan.parameters(router_cost(config)), f"uniform {wanted.experts} experts × rank {wanted.rank}"
+
+
+def plan_method(
+    method: MethodConfig, config: RunConfig, model: nn.Module, shapes: dict[str, ModuleShape], budget: int
+) -> Allocation:
+    """The allocation of a method that is not searched, at the common budget."""
+    terms: dict[str, Any] = {"budget": budget, "alpha": config.mixture.alpha, "scaling": config.mixture.scaling}
+    if method.strategy != PLAIN_LORA:
+        terms |= {"router": router_cost(config), "top_k": config.mixture.top_k}
+    if method.strategy == "alphalora" and "alphas" not in method.options:
+        terms["weights"] = {name: model.get_submodule(name).weight.detach() for name in shapes}
+    return make(method.strategy, shapes, **{**terms, **method.options})
+
+
+def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: RunConfig, task: Task) -> PeftModel:
+    """The model with the method's adapter, ready to train."""
+    if method.strategy == PLAIN_LORA:
+        return get_peft_model(model, plain_lora_config(plan, config, task))
+    return get_peft_model(model, mixture_config(config, task, allocation=plan))
+
+
+def plain_lora_config(plan: Allocation, config: RunConfig, task: Task) -> LoraConfig:
+    """PEFT's LoRA with the ranks of a one-expert plan, scaled as the plan scales."""
+    adapted = plan.adapted()
+    patterns = {name: f"^{re.escape(name)}$" for name in adapted}
+    return LoraConfig(
+        task_type=TASK_TYPES[task.kind],
+        target_modules=list(adapted),
+        modules_to_save=config.mixture.modules_to_save,
+        lora_dropout=config.mixture.dropout,
+        r=min(module.rank for module in adapted.values()),
+        rank_pattern={patterns[name]: module.rank for name, module in adapted.items()},
+        # PEFT scales by alpha / r, so alpha is chosen to give the plan's scale.
+        alpha_pattern={patterns[n]: plan.scales(n)[0] * module.rank for n, module in adapted.items()},
+    )

@@ -1,0 +1,235 @@
+"""The main job: search, train every method at one budget, score, compare, report. Each stage can be called alone.
+
+Everything a stage makes lies in the run's folder; a stage whose result lies there is not done again.
+
+    config.json                         the resolved recipe
+    search/search.safetensors           checkpoint; search/allocation.json, search/search.json: the result
+    methods/NAME/allocation.json        the plan of a method
+    methods/NAME/seed-S/adapter/        the trained adapter; checkpoints/ while it is being trained
+    methods/NAME/seed-S/result.json     its scores and per-row results
+    results.json, report.html           the comparison
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+
+from guilomo.allocation import Allocation
+from guilomo.errors import GuilomoError
+from guilomo.evaluation import evaluate
+from guilomo.report import write_report
+from guilomo.run.compare import results_of
+from guilomo.run.config import SEARCHED, MethodConfig, RunConfig
+from guilomo.run.files import read_json, write_json, write_text
+from guilomo.run.methods import (
+    attach,
+    check_methods,
+    model_shapes,
+    plan_method,
+    resolve_budget,
+    router_cost,
+    search_mixture,
+)
+from guilomo.run.model import load_model, load_tokenizer
+from guilomo.search import Search, carry_weights
+from guilomo.tasks import Task, build_task
+from guilomo.training import Interrupted, TrainResult, fine_tune
+
+StageProgress = Callable[[str, int, int, str], None]
+"""Called with (stage, step, steps, a short text)."""
+
+
+def _silent(stage: str, step: int, steps: int, text: str) -> None:
+    """Progress for callers who want none."""
+
+
+@dataclass
+class Run:
+    """One run of a recipe.
+
+    Args:
+        config: the recipe.
+        command: what the user typed, for the report.
+        progress: see `StageProgress`.
+        should_stop: asked after every step; when true the step's checkpoint is written and `Interrupted` raised.
+    """
+
+    config: RunConfig
+    command: str = ""
+    progress: StageProgress = _silent
+    should_stop: Callable[[], bool] = field(default=lambda: False)
+
+    def __post_init__(self) -> None:
+        check_methods(self.config)
+
+    @cached_property
+    def task(self) -> Task:
+        return build_task(self.config.task, load_tokenizer(self.config.model))
+
+    def fresh_model(self, seed: int) -> nn.Module:
+        """The pretrained model as loaded, with a new head drawn from `seed`."""
+        return load_model(self.config.model, self.task, seed)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What follows from the model: shapes of the adapted modules, the budget, the methods' plans."""
+        model = self.fresh_model(self.config.seeds[0])
+        shapes = model_shapes(model, self.config, self.task)
+        budget, source = resolve_budget(self.config, shapes)
+        plans = {
+            m.name: plan_method(m, self.config, model, shapes, budget)
+            for m in self.config.methods
+            if m.strategy != SEARCHED
+        }
+        size = sum(p.numel() for p in model.parameters())
+        return {"shapes": shapes, "budget": budget, "budget_source": source, "plans": plans, "parameters": size}
+
+    def prepare(self, resume: bool) -> None:
+        """Claims the run's folder.
+
+        Raises:
+            GuilomoError: it holds a run and `resume` is false, or a run of another recipe.
+        """
+        path = self.config.folder / "config.json"
+        present = self.config.model_dump(mode="json")
+        if path.exists():
+            saved = read_json(path)
+            if saved != present:
+                raise GuilomoError(
+                    f"{self.config.folder} holds a run with other settings ({_differences(saved, present)}). "
+                    "Give another output folder (--set output=...), or delete it."
+                )
+            if not resume:
+                raise GuilomoError(
+                    f"{self.config.folder} already holds this run. Continue or show it with --resume, give another "
+                    "output folder (--set output=...), or delete it."
+                )
+        write_json(path, present)
+
+    def search(self) -> Allocation:
+        """The searched allocation; runs or continues the search if it is not there yet."""
+        folder = self.config.folder / "search"
+        if (folder / "search.json").exists():
+            return Allocation.load(folder / "allocation.json")
+        job = self._search_job()
+        result = job.run(lambda step, steps, text: self.progress("search", step, steps, text), self.should_stop)
+        if self.should_stop() and job.step < self.config.search.steps and not result.stopped_early:
+            raise Interrupted(f"The search stopped at step {job.step} of {self.config.search.steps}.")
+        write_text(folder / "allocation.json", result.allocation.to_json())
+        write_json(folder / "search.json", result.to_dict())
+        return result.allocation
+
+    def _search_job(self) -> Search:
+        seed = self.config.search.seed
+        model = get_peft_model(self.fresh_model(seed), search_mixture(self.config, self.task))
+        return Search(model, self.task, self.config.search, self.facts["budget"], self.config.folder / "search")
+
+    def plan(self, method: MethodConfig) -> Allocation:
+        """The allocation of a method; for the searched one this runs the search."""
+        plan: Allocation = self.search() if method.strategy == SEARCHED else self.facts["plans"][method.name]
+        return plan
+
+    def train(self, method: MethodConfig, seed: int) -> dict[str, Any]:
+        """Trains and scores one method with one seed; returns the content of its result.json."""
+        folder = self.config.folder / "methods" / method.name / f"seed-{seed}"
+        if (folder / "result.json").exists():
+            found: dict[str, Any] = read_json(folder / "result.json")
+            return found
+        plan = self.plan(method)
+        write_text(folder.parent / "allocation.json", plan.to_json())
+        model = attach(self.fresh_model(seed), plan, method, self.config, self.task)
+        if method.strategy == SEARCHED and self.config.train.start_from_search:
+            self._start_from_search(model)
+        stage = f"{method.name} seed {seed}"
+        trained = fine_tune(
+            model,
+            self.task,
+            self.config.train,
+            folder / "checkpoints",
+            seed=seed,
+            progress=lambda step, steps, text: self.progress(stage, step, steps, text),
+            should_stop=self.should_stop,
+        )
+        model.save_pretrained(str(folder / "adapter"))
+        result = self._score(model, trained, stage)
+        write_json(folder / "result.json", {"seed": seed, **result})
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return {"seed": seed, **result}
+
+    def _start_from_search(self, model: nn.Module) -> None:
+        job = self._search_job()
+        job.resume()
+        carry_weights(job.model, job.vectors, model)
+
+    def _score(self, model: nn.Module, trained: TrainResult, stage: str) -> dict[str, Any]:
+        scored = evaluate(
+            model,
+            self.task,
+            batch_size=self.config.evaluation.batch_size,
+            generate=self.config.evaluation.generate,
+            progress=lambda done, rows: self.progress(f"{stage}: test", done, rows, ""),
+        ).to_dict()
+        health = trained.health
+        router = {
+            "load": {name: [round(v, 4) for v in h.load] for name, h in health.items()},
+            "entropy": {name: round(h.load_entropy, 4) for name, h in health.items()},
+            "dead": {name: len(h.dead) for name, h in health.items()},
+        }
+        return {
+            "metrics": scored["metrics"],
+            "train_seconds": round(trained.seconds, 2),
+            "step_seconds": round(trained.step_seconds, 5),
+            "loss_curve": trained.loss_curve,
+            "router": router if health else None,
+            "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "correct")},
+        }
+
+    def results(self) -> dict[str, Any]:
+        """results.json from whatever stages are done."""
+        return results_of(self)
+
+    def write_results(self) -> dict[str, Any]:
+        """Writes results.json and report.html from whatever stages are done."""
+        results = self.results()
+        write_json(self.config.folder / "results.json", results)
+        write_report(results, self.config.folder / "report.html")
+        return results
+
+    def all(self) -> dict[str, Any]:
+        """The whole job; results and page are rewritten after every training, so that a stopped run has them too."""
+        for seed in self.config.seeds:
+            for method in self.config.methods:
+                self.train(method, seed)
+                self.write_results()
+        return self.write_results()
+
+    @cached_property
+    def router_cost(self) -> Any:
+        return router_cost(self.config)
+
+    def check_plan(self, plan: Allocation) -> None:
+        """Refuses a plan that does not fit the model or the budget."""
+        shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
+        plan.check_against(shapes, self.facts["budget"], self.router_cost)
+
+
+def _differences(a: Any, b: Any, path: str = "") -> str:
+    """The first few keys in which two resolved recipes differ."""
+    found: list[str] = []
+
+    def walk(x: Any, y: Any, at: str) -> None:
+        if isinstance(x, dict) and isinstance(y, dict):
+            for key in sorted({*x, *y}):
+                walk(x.get(key), y.get(key), f"{at}.{key}" if at else key)
+        elif x != y:
+            found.append(f"{at}: {x!r} there, {y!r} now")
+
+    walk(a, b, path)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

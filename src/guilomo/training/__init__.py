@@ -1,0 +1,15 @@
+"""Fine-tuning with transformers' Trainer, and the callbacks that any Trainer can use."""
+
+from guilomo.training.callbacks import ProgressCallback, RouterHealthCallback
+from guilomo.training.config import TrainConfig
+from guilomo.training.fine_tune import Interrupted, TrainResult, fine_tune, training_arguments
+
+__all__ = [
+    "Interrupted",
+    "ProgressCallback",
+    "RouterHealthCallback",
+    "TrainConfig",
+    "TrainResult",
+    "fine_tune",
+    "training_arguments",
+]
