@@ -38,5 +38,5 @@ class _AttachLoss(torch.autograd.Function):
 
 def attach_loss(y: Tensor, loss: Tensor, scale: LossScale) -> Tensor:
     """Returns `y` unchanged; its backward adds ``scale.value * d loss`` to the gradients (ours, after Megatron)."""
-    out: Tensor = _AttachLoss.apply(y, loss, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _AttachLoss.apply(y, loss, scale)
     return out

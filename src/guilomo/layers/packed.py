@@ -38,7 +38,8 @@ class ExpertLayout(nn.Module):
 
     def _spread(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         rows = [[scale] * rank for rank, scale in zip(self._ranks, self._scales, strict=True)]
-        return torch.block_diag(*(torch.tensor([row], dtype=dtype) for row in rows)).to(device)
+        spread: Tensor = torch.block_diag(*(torch.tensor([row], dtype=dtype) for row in rows))
+        return spread.to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertLayout:
         super()._apply(fn, recurse)

@@ -36,7 +36,7 @@ class _SplitLinear(torch.autograd.Function):
 
 def linear_of_training_rows(x: Tensor, weight: Tensor, n: int) -> Tensor:
     """``x W^T`` whose weight gradient comes from the first `n` rows only; ``x (N, ..., I)``, ``weight (O, I)``."""
-    out: Tensor = _SplitLinear.apply(x, weight, n)  # type: ignore[no-untyped-call]
+    out: Tensor = _SplitLinear.apply(x, weight, n)
     return out
 
 

@@ -101,7 +101,7 @@ class LoraMoeConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MoloraType.MOLORA  # type: ignore[assignment]
+        self.peft_type = MoloraType.MOLORA
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)

@@ -66,7 +66,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_loss[adapter] = loss
         if module.experts > 1:
             options = {"weights": config.router_weights} if config.router == "fixed" else {}
-            router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)  # type: ignore[call-arg]
+            router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)
             self.molora_router[adapter] = router
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
@@ -88,15 +88,14 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def _add_mixture(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """``y + B (s * gate * A x)``, with the adapter's router loss attached."""
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self.molora_layout[adapter]
+        assert isinstance(layout, ExpertLayout)
         masks = self.context.masks.get(self.name)
         x = self._cast_input_dtype(x, a.dtype)
         split = self.context.split_at(x)
         hidden = self._linear(self.molora_dropout[adapter](x), a, split)
         routing = self._route(x, adapter, masks, split)
-        if routing is None:
-            gate = layout.spread.sum(0)
-        else:
-            gate = routing.weights @ layout.spread.to(routing.weights.dtype)
+        spread: Tensor = layout.spread
+        gate = spread.sum(0) if routing is None else routing.weights @ spread.to(routing.weights.dtype)
         hidden = hidden * gate.to(hidden.dtype)
         if masks is not None and masks.rank is not None:
             rank = masks.rank.to(hidden.dtype)
@@ -140,7 +139,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         layout = self.molora_layout[adapter]
         assert isinstance(layout, ExpertLayout)
         a, b = self.molora_A[adapter], self.molora_B[adapter]
-        return (b * (gates.to(b.dtype) @ layout.spread.to(b.dtype))) @ a
+        delta: Tensor = (b * (gates.to(b.dtype) @ layout.spread.to(b.dtype))) @ a
+        return delta
 
     def constant_gates(self, adapter: str) -> Tensor:
         """``(E,)`` routing weights, when they are the same for every token; otherwise an error."""
@@ -184,8 +184,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return stored.to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        router = self.molora_router[adapter_name] if adapter_name in self.molora_router else None
-        return router is None or bool(getattr(router, "static", False))
+        return adapter_name not in self.molora_router or bool(
+            getattr(self.molora_router[adapter_name], "static", False)
+        )
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()

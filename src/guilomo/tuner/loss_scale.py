@@ -51,11 +51,12 @@ def token_share(model: nn.Module, inputs: dict[str, Any]) -> float | Tensor:
         labels = shifted
     elif labels.dim() > 1 and _shifts_labels(model):
         labels = labels[..., 1:]
-    return (labels != -100).sum() / total
+    share: Tensor = (labels != -100).sum() / total
+    return share
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
     return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
@@ -64,5 +65,5 @@ def measure_loss_scale(output: Any, scale: LossScale, share: float | Tensor) -> 
     for name, sign in (("loss", 1.0), ("log_probs", -1.0)):
         value = getattr(output, name, None)
         if isinstance(value, Tensor) and value.requires_grad and (name == "log_probs" or value.dim() == 0):
-            setattr(output, name, _Tap.apply(value, scale, share if name == "loss" else 1.0, sign))  # type: ignore[no-untyped-call]
+            setattr(output, name, _Tap.apply(value, scale, share if name == "loss" else 1.0, sign))
     return output

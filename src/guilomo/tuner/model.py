@@ -28,7 +28,7 @@ class LoraMoeModel(BaseTuner):
 
     prefix = "molora_"
     tuner_layer_cls = LoraMoeLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     _plans: dict[str, Allocation]
     _losses: dict[str, dict[str, RouterLoss]]
 
@@ -47,14 +47,16 @@ class LoraMoeModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with the plan fixed first."""
-        self._resolve(model, self.peft_config[adapter_name], adapter_name)
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, LoraMoeConfig)
+        self._resolve(model, config, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, config: LoraMoeConfig, key: str) -> bool:  # type: ignore[override]
         plan = next(self._plans[adapter] for adapter, known in self.peft_config.items() if known is config)
         return key in plan.modules and plan[key].adapted
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: LoraMoeConfig,
         adapter_name: str,
@@ -98,8 +100,8 @@ class LoraMoeModel(BaseTuner):
                 for adapter in module.molora_A:
                     module.constant_gates(adapter)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         remove_context(model)
         return model
 

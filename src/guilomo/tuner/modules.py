@@ -21,8 +21,8 @@ def linear_shape(module: nn.Module) -> ModuleShape | None:
         return ModuleShape(int(module.weight.shape[0]), int(module.weight.shape[1]))
     if isinstance(module, (nn.Bilinear, nn.MultiheadAttention)):
         return None
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return ModuleShape(*features) if all(isinstance(f, int) for f in features) else None
+    into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return ModuleShape(into, out) if isinstance(into, int) and isinstance(out, int) else None
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:
@@ -75,7 +75,7 @@ def _fill_in_targets(model: nn.Module, config: LoraMoeConfig) -> None:
     """PEFT's defaults for a known architecture, and its reading of 'all-linear'."""
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
         if defaults is None:
             raise GuilomoError(
                 f"target_modules is not set and there is no default for model type {model_type!r}. "

@@ -1,0 +1,32 @@
+"""What all tests share: no network, a fixed seed, one thread, and the folder of real data where there is one."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of huggingface_hub: saving an adapter would otherwise ask the Hub about the base model.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The matrices are tiny: more threads cost more than they save, and one thread makes sums repeatable.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, alone or in any order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder named by GUILOMO_DATA; tests that need real data or models skip without it."""
+    folder = os.environ.get("GUILOMO_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("set GUILOMO_DATA to the folder with the data sets (and models) to run this test")
+    return Path(folder)

@@ -1,0 +1,111 @@
+"""The layer inside a model, and single-expert mixtures, against references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_tools import attach, gradients
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from guilomo.layers.naive import naive_delta, naive_topk_weights
+from guilomo.tuner import LoraMoeLayer
+from tiny_models import build, inputs_for
+
+
+class OneLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(13, 7).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x)
+
+
+@pytest.mark.parametrize("scaling", ["alpha_over_r", "alpha_over_sqrt_r", "constant"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_layer_equals_the_naive_reference(top_k: int, scaling: str) -> None:
+    ranks = [3, 1, 5]
+    options = {"target_modules": ["lin"], "rank_pattern": {"lin": ranks}, "top_k": top_k, "scaling": scaling}
+    model = attach(OneLinear(), **options, balance_loss=None).double()
+    layer = model.base_model.model.lin
+    assert isinstance(layer, LoraMoeLayer)
+    a, b = layer.molora_A["default"], layer.molora_B["default"]
+    w = layer.molora_router["default"].weight
+    x = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, 5, 7, dtype=torch.float64)
+    y = model(x)
+    flat = x.reshape(-1, 13)
+    scales = model.peft_config["default"].plan.scales("lin")
+    delta = naive_delta(flat, a, b, naive_topk_weights(flat @ w.T, top_k), ranks, scales)
+    wanted = layer.base_layer(x) + delta.reshape(2, 5, 7)
+    assert torch.allclose(y, wanted, rtol=1e-12, atol=1e-14)
+    leaves = (x, a, b, w)
+    for ours, naive in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True):
+        assert torch.allclose(ours, naive, rtol=1e-12, atol=1e-13 * float(naive.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_one_expert_is_peft_lora(name: str) -> None:
+    """Outputs and gradients, with copied weights; alpha / r = 4 is a power of two, so nothing rounds differently."""
+    inputs, rank = inputs_for(name), 2
+    ours = attach(build(name), num_experts=1, top_k=1, r=rank, lora_alpha=8)
+    targets = sorted(ours.peft_config["default"].target_modules)
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=targets, fan_in_fan_out=name == "gpt2")
+    theirs = get_peft_model(build(name), config)
+    here, there = dict(ours.named_modules()), dict(theirs.named_modules())
+    for target in targets:
+        layer, lora = here[f"base_model.model.{target}"], there[f"base_model.model.{target}"]
+        lora.lora_A["default"].weight.data.copy_(layer.molora_A["default"])
+        lora.lora_B["default"].weight.data.copy_(layer.molora_B["default"])
+    mine, other = ours(**inputs), theirs(**inputs)
+    assert torch.equal(mine.logits, other.logits)
+    mine.loss.backward()
+    other.loss.backward()
+    for target in targets:
+        layer, lora = here[f"base_model.model.{target}"], there[f"base_model.model.{target}"]
+        assert layer.molora_A["default"].grad.abs().max() > 0
+        for ours_, theirs_ in ((layer.molora_A, lora.lora_A), (layer.molora_B, lora.lora_B)):
+            wanted = theirs_["default"].weight.grad
+            assert torch.allclose(ours_["default"].grad, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert not any("molora_router" in n for n, _ in ours.named_parameters())
+
+
+def test_a_row_does_not_see_its_batch() -> None:
+    inputs = {k: v for k, v in inputs_for("llama").items() if k != "labels"}
+    model = attach(build("llama")).double().eval()
+    together = model(**inputs).logits
+    for row in range(3):
+        alone = model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits
+        assert torch.allclose(alone[0], together[row], rtol=1e-10, atol=1e-12)
+
+
+def test_padding_content_changes_no_gradient() -> None:
+    """Task and router losses alike: what stands in the padding is never seen."""
+    inputs = inputs_for("llama")
+    pads = inputs["attention_mask"] == 0
+    model = attach(build("llama"), balance_coefficient=1.0, z_loss_coefficient=0.1)
+
+    def run(tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=tokens, attention_mask=mask, labels=inputs["labels"]).loss.backward()
+        return gradients(model)
+
+    other = inputs["input_ids"].masked_fill(pads, 5)
+    assert not torch.equal(other, inputs["input_ids"])
+    first, second = run(inputs["input_ids"], inputs["attention_mask"]), run(other, inputs["attention_mask"])
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    counted = run(other, torch.ones_like(pads, dtype=torch.long))
+    assert not all(torch.equal(first[n], counted[n]) for n in first), "the padding would have mattered"
+
+
+def test_pooled_rows_are_all_counted() -> None:
+    """BERT's pooler sees one token per row, the first: a mask that ends in padding must not drop it."""
+    inputs = inputs_for("bert")
+    model = attach(build("bert"), balance_coefficient=1.0)
+    context = next(m for m in model.modules() if isinstance(m, LoraMoeLayer)).context
+    context.record = True
+    model(**inputs)
+    tokens = {name: float(s.tokens) for name, s in context.statistics.items()}
+    assert tokens.pop("bert.pooler.dense") == tokens.pop("classifier") == 3
+    assert set(tokens.values()) == {float(inputs["attention_mask"].sum())}
