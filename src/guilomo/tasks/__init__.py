@@ -2,7 +2,8 @@
 
 from .config import TaskConfig
 from .loss import row_loss
+from .rows import Rows
 from .schema import Document, Example
 from .task import Task, build_task
 
-__all__ = ["Document", "Example", "Task", "TaskConfig", "build_task", "row_loss"]
+__all__ = ["Document", "Example", "Rows", "Task", "TaskConfig", "build_task", "row_loss"]
