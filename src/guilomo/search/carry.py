@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from guilomo.layers.packed import ExpertLayout
 from guilomo.search.vectors import SelectionVectors
 from guilomo.tuner import LoraMoeLayer
 
@@ -30,6 +31,8 @@ def carry_weights(searched: nn.Module, vectors: SelectionVectors, final: nn.Modu
 def _carry_layer(source: LoraMoeLayer, target: LoraMoeLayer, rank_mask: Tensor) -> None:
     adapter, other = target.active_adapters[0], source.active_adapters[0]
     layout, wide = target.molora_layout[adapter], source.molora_layout[other]
+    assert isinstance(layout, ExpertLayout)
+    assert isinstance(wide, ExpertLayout)
     starts = [0, *wide.ranks.cumsum(0).tolist()]
     rows = torch.cat([torch.arange(starts[e], starts[e] + r) for e, r in enumerate(layout.ranks.tolist())])
     rows = rows.to(rank_mask.device)

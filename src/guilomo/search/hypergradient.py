@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guilomo.search.data import Batch, SearchData, mean_loss, row_losses
 from guilomo.search.inner import Snapshot, clip_factor, virtual_update
-from guilomo.search.split_pass import masked
+from guilomo.search.split_pass import masked, without_router_losses
 from guilomo.search.vectors import SelectionVectors
 from guilomo.tuner import RoutingContext
 
@@ -48,10 +48,8 @@ class Problem:
 
     def held_out_loss(self, batch: Batch) -> Tensor:
         """The outer objective: the mean held-out loss or its logarithm, without auxiliary losses."""
-        self.context.attach_losses = False
-        with masked(self.context, self.vectors.masks()):
+        with without_router_losses(self.context), masked(self.context, self.vectors.masks()):
             value = mean_loss(*row_losses(self.model, batch, self.data))
-        self.context.attach_losses = True
         return outer(value, self.outer_loss)
 
 
@@ -148,10 +146,13 @@ def exact(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
         gradients = _gradients(train_loss, leaves, create_graph=True)
         factor = clip_factor(gradients, problem.max_grad_norm)
         moved, _ = _updates(problem, leaves, [g * factor for g in gradients])
-        problem.context.attach_losses = False
-        held_out_loss = outer(_loss_at(problem, held_out, names, moved), problem.outer_loss)
-        problem.context.attach_losses = True
+        with without_router_losses(problem.context):
+            held_out_loss = outer(_loss_at(problem, held_out, names, moved), problem.outer_loss)
+        # The router losses are in the training gradient by now. This second backward passes their nodes again, and
+        # must not feed them a second time.
+        problem.context.scale.value = 0.0
         result = _gradients(held_out_loss, selection)
+        problem.context.scale.value = 1.0
     state.restore(weights)
     return [g.detach() for g in result]
 

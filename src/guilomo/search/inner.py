@@ -93,4 +93,5 @@ def clip_factor(gradients: list[Tensor], max_norm: float | None) -> float | Tens
     if max_norm is None:
         return 1.0
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.detach()) for g in gradients]))
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor: Tensor = max_norm / (norm + 1e-6)
+    return factor.clamp(max=1.0)

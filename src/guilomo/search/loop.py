@@ -33,6 +33,20 @@ Progress = Callable[[int, int, str], None]
 STABLE_SHARE = 0.01
 """An allocation that moved less than this share of its rank rows between looks is taken as unchanged."""
 
+MIXTURE_OPTIONS = (
+    "lora_alpha",
+    "scaling",
+    "lora_dropout",
+    "router",
+    "router_weights",
+    "balance_loss",
+    "balance_coefficient",
+    "balance_over",
+    "balance_reduction",
+    "z_loss_coefficient",
+)
+"""Options of the mixture that change a search; a checkpoint is continued under the same ones only."""
+
 
 def search_sized(config: SearchConfig, **options: Any) -> LoraMoeConfig:
     """The over-provisioned mixture a search starts from; `options` are those of `LoraMoeConfig`."""
@@ -83,11 +97,11 @@ class Search:
         check_rows(self.data)
         layers = {m.name: m for m in self.model.modules() if isinstance(m, LoraMoeLayer)}
         self.plan = self._plan()
-        missing = set(self.plan.adapted()) ^ set(layers)
-        assert not missing, "the tuner wraps exactly the modules of its plan"
+        self.shapes = {name: module.shape for name, module in self.plan.adapted().items()}
+        assert set(self.shapes) == set(layers), "the tuner wraps exactly the modules of its plan"
         self.device = next(self.model.parameters()).device
         torch.manual_seed(self.config.seed)
-        self.vectors = SelectionVectors(self.plan.shapes(), self.config).to(self.device)
+        self.vectors = SelectionVectors(self.shapes, self.config, self._router_parameters).to(self.device)
         self._check_budget()
         self.vectors.start_at(self.budget)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -95,7 +109,7 @@ class Search:
         self.outer_optimizer = torch.optim.Adam(
             self.vectors.parameters(), lr=self.config.outer_learning_rate, betas=self.config.outer_betas
         )
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = getattr(self.model, "get_base_model", lambda: self.model)()
         self.problem = Problem(
             self.model,
             context_of(base),
@@ -111,24 +125,41 @@ class Search:
 
     def _plan(self) -> Allocation:
         """The plan of the search-sized mixture."""
-        config = next(iter(self.model.peft_config.values()))
+        config = next(iter(getattr(self.model, "peft_config", {}).values()), None)
         plan = config.plan if isinstance(config, LoraMoeConfig) else None
-        wanted = (self.config.max_rank,) * self.config.max_experts
-        if plan is None or any(m.ranks != wanted for m in plan.adapted().values()):
+        if not isinstance(config, LoraMoeConfig) or plan is None or not self._is_search_sized(plan, config.router):
             raise GuilomoError(
                 f"The model does not carry a mixture of {self.config.max_experts} experts of rank "
-                f"{self.config.max_rank} everywhere. Attach one with get_peft_model(model, search_sized(config, ...))."
+                f"{self.config.max_rank} with top_k = {self.config.top_k} everywhere. Attach one with "
+                "get_peft_model(model, search_sized(config, ...))."
             )
         self.router_cost = router_class(config.router).parameters_for
+        self.mixture = {name: getattr(config, name) for name in MIXTURE_OPTIONS}
         return plan
 
+    def _is_search_sized(self, plan: Allocation, router: str) -> bool:
+        ranks = (self.config.max_rank,) * self.config.max_experts
+        top_k = self.config.max_experts if router_class(router).dense else self.config.top_k
+        return all(m.ranks == ranks and m.top_k == top_k for m in plan.adapted().values())
+
     def _check_budget(self) -> None:
-        most = self.plan.parameters(self._router_parameters)
-        if not 0 < self.budget <= most:
+        least, most = self._least_parameters(), self.plan.parameters(self._router_parameters)
+        if not least <= self.budget <= most:
             raise GuilomoError(
-                f"budget = {self.budget} is not usable: expected 1 to {most} trainable parameters, what max_experts = "
-                f"{self.config.max_experts} and max_rank = {self.config.max_rank} can spend. Raise those or lower it."
+                f"budget = {self.budget} is not usable: expected {least} to {most} trainable parameters, from the "
+                f"fewest experts at rank 1 to what max_experts = {self.config.max_experts} and max_rank = "
+                f"{self.config.max_rank} can spend. Change the budget, raise those two, or adapt fewer modules."
             )
+
+    def _least_parameters(self) -> int:
+        """What the smallest plan costs that the search may end with."""
+        experts = self.config.top_k if self._top_k_floor else 1
+        costs = [experts * sum(s) + self._router_parameters(experts, s.in_features) for s in self.shapes.values()]
+        return min(costs) if self.config.min_experts == 0 else sum(costs)
+
+    @property
+    def _top_k_floor(self) -> bool:
+        return self.config.min_experts is None or self.config.min_experts >= self.config.top_k
 
     def _router_parameters(self, experts: int, in_features: int) -> int:
         return self.router_cost(experts, in_features) if experts > 1 else 0
@@ -141,9 +172,9 @@ class Search:
             should_stop: asked after every step; when true the state is saved and the result so far returned.
         """
         self.resume()
+        self.model.train()
         if not self.foretold:
             self.foretold = estimate(self.problem, self._batch(self.data.train, self.train_order(0)), self.config)
-        self.model.train()
         stable, asked = self._stable(), False
         while self.step < self.config.steps and not stable and not asked:
             started = time.perf_counter()
@@ -168,7 +199,7 @@ class Search:
     def _one_step(self) -> str:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.config)
-        self.vectors.temperature = self._temperature()
+        self.vectors.temperature = self._temperature(self.step)
         train_rows = rows_at(self.data.train, self.train_order(self.step))
         if not self._is_outer():
             train, held_out = self._inner_step(self._collate(train_rows)), None
@@ -189,8 +220,8 @@ class Search:
             self.trajectory.record(self.step, train, held_out, self.vectors)
         return f"loss {train:.3f}" + ("" if held_out is None else f", held out {held_out:.3f}")
 
-    def _temperature(self) -> float:
-        share = self.step / max(self.config.steps - 1, 1)
+    def _temperature(self, step: int) -> float:
+        share = step / max(self.config.steps - 1, 1)
         start, end = self.config.temperature, self.config.final_temperature
         return float(start * (end / start) ** share)
 
@@ -198,9 +229,10 @@ class Search:
         """One weight step with the masks held constant."""
         with masked(self.problem.context, self.vectors.masks(detach=True)):
             loss = mean_loss(*row_losses(self.model, batch, self.data))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
+        value = self._finite(loss, "training")
         self._update_weights()
-        return self._finite(loss, "training")
+        return value
 
     def _split_step(self, train_rows: list[Any], held_rows: list[Any]) -> tuple[float, float]:
         """A weight step and a selection step from one forward and backward over both kinds of rows."""
@@ -209,7 +241,7 @@ class Search:
         with split_batch(self.model, self.problem.context, n), masked(self.problem.context, self.vectors.masks()):
             sums, counts = row_losses(self.model, batch, self.data)
             train, held_out = mean_loss(sums[:n], counts[:n]), mean_loss(sums[n:], counts[n:])
-            (train + outer(held_out, self.config.outer_loss)).backward()  # type: ignore[no-untyped-call]
+            (train + outer(held_out, self.config.outer_loss)).backward()
         values = self._finite(train, "training"), self._finite(held_out, "held-out")
         self._outer_update()
         self._update_weights()
@@ -218,7 +250,7 @@ class Search:
     def _outer_update(self) -> None:
         """Adds the budget's pull to the hypergradient and moves the selection vectors."""
         if self.config.budget_weight and self.config.relaxation == "survival":
-            (self.config.budget_weight * self.vectors.budget_penalty(self.budget)).backward()  # type: ignore[no-untyped-call]
+            (self.config.budget_weight * self.vectors.budget_penalty(self.budget)).backward()
         self.outer_optimizer.step()
         self.outer_optimizer.zero_grad(set_to_none=True)
 
@@ -254,13 +286,13 @@ class Search:
     def allocation(self) -> Allocation:
         """The present preference, projected onto the budget."""
         return learned(
-            self.vectors.preference(),
-            self.plan.shapes(),
+            self.vectors.preference(self.budget),
+            self.shapes,
             self.budget,
             max_experts=self.config.max_experts,
             max_rank=self.config.max_rank,
             top_k=self.config.top_k,
-            top_k_floor=(self.config.min_experts is None or self.config.min_experts >= self.config.top_k),
+            top_k_floor=self._top_k_floor,
             alpha=self.plan.alpha,
             scaling=self.plan.scaling,
             router=self._router_parameters,
@@ -285,7 +317,7 @@ class Search:
     def _result(self, stopped: bool) -> SearchResult:
         return SearchResult(
             allocation=self.allocation(),
-            preference=self.vectors.preference(),
+            preference=self.vectors.preference(self.budget),
             budget=self.budget,
             config=self.config,
             trajectory=self.trajectory,
@@ -303,14 +335,16 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be continued."""
         rows = {"train_rows": len(self.data.train), "held_out_rows": len(self.data.held_out)}
-        return {**self.config.model_dump(mode="json"), "budget": self.budget, **rows, "modules": self.vectors.names}
+        size = sum(w.numel() for w in self.weights)
+        mixture = {**self.mixture, "trained_parameters": size, "modules": self.vectors.names}
+        return {**self.config.model_dump(mode="json"), "budget": self.budget, **rows, **mixture}
 
     def save(self) -> None:
         """Writes the whole state, atomically; without a folder it does nothing."""
         path = self._checkpoint
         if path is None:
             return
-        tensors = {f"weight.{i}": w for i, w in enumerate(self.weights)}
+        tensors: dict[str, Tensor] = {f"weight.{i}": w for i, w in enumerate(self.weights)}
         tensors |= {f"selection.{i}": g for i, g in enumerate(self.problem.selection)}
         tensors |= {f"trajectory.{k}": v for k, v in self.trajectory.tensors().items()}
         tensors |= optimizer_tensors(self.optimizer, "inner") | optimizer_tensors(self.outer_optimizer, "outer")
@@ -349,7 +383,7 @@ class Search:
         self.trajectory = Trajectory.restored(facts["trajectory"], recorded)
         self.step, self.seconds, self.looks = facts["step"], facts["seconds"], facts["looks"]
         self.foretold = facts["estimate"]
-        self.vectors.temperature = self._temperature()
+        self.vectors.temperature = self._temperature(max(self.step - 1, 0))  # of the last step done
         torch.set_rng_state(tensors["rng"])
         if "cuda_rng" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["cuda_rng"], self.device)

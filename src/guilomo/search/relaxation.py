@@ -42,7 +42,7 @@ def expected_count(mask: Tensor) -> Tensor:
 def harden(mask: Tensor) -> Tensor:
     """0/1 in the forward pass (kept where the soft mask is at least one half), the soft gradient in the backward."""
     hard = (mask >= 0.5).to(mask.dtype)
-    return hard + mask - mask.detach()
+    return hard + (mask - mask.detach())  # the bracket is exactly 0
 
 
 def log_survival(mask: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ class _Prefix(torch.autograd.Function):
 
 def prefix_rank_mask(g: Tensor) -> Tensor:
     """Rank mask ``(..., R)`` of the paper's rule: 1 up to the argmax, a leak beyond."""
-    out: Tensor = _Prefix.apply(g, 1.0, RANK_LEAK, RANK_LEAK, 1)  # type: ignore[no-untyped-call]
+    out: Tensor = _Prefix.apply(g, 1.0, RANK_LEAK, RANK_LEAK, 1)
     return out
 
 
 def prefix_log_expert(g: Tensor, least: int) -> Tensor:
     """Offset ``(..., E)`` on router logits of the paper's rule; at least `least` experts are kept."""
-    out: Tensor = _Prefix.apply(g, EXPERT_SHIFT, EXPERT_BLOCK, 0.0, least)  # type: ignore[no-untyped-call]
+    out: Tensor = _Prefix.apply(g, EXPERT_SHIFT, EXPERT_BLOCK, 0.0, least)
     return out
 
 

@@ -29,6 +29,16 @@ def masked(context: RoutingContext, masks: dict[str, SelectionMasks]) -> Iterato
 
 
 @contextmanager
+def without_router_losses(context: RoutingContext) -> Iterator[None]:
+    """Leaves out the routers' auxiliary losses."""
+    context.attach_losses = False
+    try:
+        yield
+    finally:
+        context.attach_losses = True
+
+
+@contextmanager
 def split_batch(model: nn.Module, context: RoutingContext, training_rows: int) -> Iterator[None]:
     """Within, the first `training_rows` rows feed weights and the others feed selection masks."""
     with ExitStack() as stack:
@@ -56,11 +66,14 @@ def other_trained_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 @contextmanager
 def _split_calls(name: str, module: nn.Module, context: RoutingContext) -> Iterator[None]:
     original = module.forward
-    module.forward = _split_forward(name, module, original, context)  # type: ignore[method-assign]
+    placed = module.__dict__.get("forward")  # hooks of other libraries may have put one on the instance
+    module.forward = _split_forward(name, module, original, context)
     try:
         yield
     finally:
         del module.forward  # back to the class's method
+        if placed is not None:
+            module.forward = placed
 
 
 def _split_forward(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from guilomo.allocation import ModuleShape
+from guilomo.allocation.costs import RouterCost, linear_router
 from guilomo.allocation.preference import Preference
 from guilomo.search import relaxation as relax
 from guilomo.search.config import SearchConfig
@@ -21,7 +22,9 @@ class SelectionVectors(nn.Module):
         experts: ``(M, E)``; ranks: ``(M, E, R)``, for M modules, in the order of `names`.
     """
 
-    def __init__(self, shapes: Mapping[str, ModuleShape], config: SearchConfig) -> None:
+    def __init__(
+        self, shapes: Mapping[str, ModuleShape], config: SearchConfig, router: RouterCost = linear_router
+    ) -> None:
         super().__init__()
         self.names = list(shapes)
         self.config = config
@@ -34,7 +37,7 @@ class SelectionVectors(nn.Module):
         self.row_cost: Tensor
         self.router_cost: Tensor
         rows = torch.tensor([float(i + o) for i, o in shapes.values()], dtype=torch.float64)
-        routers = torch.tensor([float(i) if e > 1 else 0.0 for i, _ in shapes.values()], dtype=torch.float64)
+        routers = torch.tensor([router(e, i) / e if e > 1 else 0.0 for i, _ in shapes.values()], dtype=torch.float64)
         self.register_buffer("row_cost", rows, persistent=False)
         self.register_buffer("router_cost", routers, persistent=False)
 
@@ -71,7 +74,7 @@ class SelectionVectors(nn.Module):
         log_experts = relax.log_survival(experts)
         if self.config.straight_through:
             blocked = torch.where(experts >= 0.5, 0.0, relax.EXPERT_BLOCK).to(experts.dtype)
-            log_experts = blocked + log_experts - log_experts.detach()
+            log_experts = blocked + (log_experts - log_experts.detach())
         return log_experts, ranks
 
     def _prefix_effect(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +112,9 @@ class SelectionVectors(nn.Module):
         if self.config.relaxation == "prefix":
             self._start_prefix(budget)
             return
-        low, high = -40.0, 40.0
+        # Steep enough for any width: neighbouring counts differ by up to 16 in the exponent.
+        high = 16.0 * self.temperature * max(self.experts.shape[-1], self.ranks.shape[-1])
+        low = -high
         for _ in range(60):
             slope = (low + high) / 2
             self._tilt(slope)
@@ -131,11 +136,34 @@ class SelectionVectors(nn.Module):
             bell = torch.exp(-0.5 * ((place - (count - 1)) / (max(n, 2) / 6)).square())
             g.copy_(bell.softmax(-1).expand_as(g))
 
-    def preference(self) -> Preference:
-        """The wishes that the budget projection turns into integers; under half an expert means none."""
+    @torch.no_grad()
+    def preference(self, budget: int) -> Preference:
+        """The wishes that the budget projection turns into integers; 0 experts for modules that go unadapted."""
         experts, ranks = (t.detach().double().cpu() for t in self.expected())
-        experts = torch.where(experts < 0.5, 0.0, experts)
+        if self.least_experts == 0:
+            experts = self._kept_experts(budget)
         return Preference(
             experts=dict(zip(self.names, experts.tolist(), strict=True)),
             ranks={name: tuple(row) for name, row in zip(self.names, ranks.tolist(), strict=True)},
         )
+
+    def _kept_experts(self, budget: int) -> Tensor:
+        """Expected expert counts ``(M,)`` of the modules that stay adapted, given that they do; 0 for the others.
+
+        Modules stay in the order of their chance to exist: all whose chance is at least one half, and more until what
+        they would cost reaches the budget (where every chance is small, something must stay all the same). None stays
+        that the budget cannot pay at rank 1.
+        """
+        experts, ranks = (t.double().cpu() for t in self.survival_masks())
+        exists = experts[:, 0]
+        given = experts / exists.clamp_min(1e-12)[:, None]
+        per_expert = self.router_cost.cpu()[:, None] + self.row_cost.cpu()[:, None] * ranks.sum(-1)
+        cost, least = (given * per_expert).sum(-1), self.row_cost.cpu()
+        kept = torch.zeros_like(exists)
+        spent = floor = 0.0
+        for m in exists.sort(descending=True, stable=True).indices.tolist():
+            wanted = float(exists[m]) >= 0.5 or spent < budget
+            if wanted and floor + float(least[m]) <= budget:
+                kept[m] = given[m].sum()
+                spent, floor = spent + float(cost[m]), floor + float(least[m])
+        return kept

@@ -1,0 +1,57 @@
+"""The README's code runs as printed, on a tiny model and with a budget to match."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from guilomo.run import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def load_model() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=2, **size))
+
+
+def collator(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(2, 50, (count, 6), generator=torch.Generator().manual_seed(count))
+    return [{"input_ids": row, "labels": (row[0] > 25).long()} for row in ids]
+
+
+def test_code_blocks_run(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    names = {
+        "load_model": load_model,
+        "collator": collator,
+        "train_rows": make_rows(40),
+        "held_out_rows": make_rows(20),
+        "args": args,
+        "Trainer": Trainer,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        smaller = block.replace("400_000", "6_000").replace("steps=300", "steps=40")
+        assert smaller != block
+        exec(compile(smaller, "README.md", "exec"), names)
+    assert names["found"].allocation.parameters() <= 6_000
+    assert names["plan"].parameters() <= 6_000
+    names["trainer"].train()
+
+
+def test_recipes_and_files_that_are_named_exist() -> None:
+    for recipe in set(re.findall(r"recipes/\w+\.yaml", README)):
+        load_recipe(ROOT / recipe)
+    for target in re.findall(r"\]\((docs/[\w.]+)\)", README):
+        assert (ROOT / target).is_file(), target
