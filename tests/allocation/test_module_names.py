@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from guilomo.allocation import ModuleShape, layers_of, site
+from guilomo.allocation import ModuleShape, depths_of, layers_of, mola, site
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,15 @@ def test_alphabetical_order_of_names_does_not_shuffle_the_layers(llama: dict[str
 def test_stacks_and_single_modules_come_in_order_of_first_appearance() -> None:
     names = ["embed", "encoder.0.q", "encoder.1.q", "decoder.0.q", "head"]
     assert list(layers_of(names).values()) == [0, 1, 2, 3, 4]
+
+
+def test_modules_outside_layers_share_the_depth_of_the_layer_before_them() -> None:
+    names = ["embed", "encoder.0.q", "encoder.1.q", "decoder.0.q", "head"]
+    assert list(depths_of(names).values()) == [0, 0, 1, 2, 2]
+    assert depths_of(["a", "b"]) == {"a": 0, "b": 1}
+
+
+def test_a_pooler_does_not_take_a_group_of_its_own() -> None:
+    names = ["layer.0.q", "layer.1.q", "pooler.dense"]
+    plan = mola({name: ModuleShape(8, 8) for name in names}, groups=[2, 4])
+    assert [plan[name].experts for name in names] == [2, 4, 4]

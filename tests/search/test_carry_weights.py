@@ -33,13 +33,13 @@ def _searched_outputs(search: Search, x: Tensor) -> Tensor:
 def _unmasked_part(search: Search) -> Allocation:
     """The plan that keeps exactly the experts and rows whose hard masks are 1."""
     plans = {}
-    for name, shape in search.shapes.items():
+    for name, shape in search.mixture.shapes.items():
         mask = search.vectors.masks(detach=True)[name]
         rows = mask.rank.view(search.config.max_experts, -1).sum(1).int().tolist()
         kept = len(rows) if mask.log_expert is None else int((mask.log_expert == 0).sum())
         ranks = tuple(rows[:kept]) if rows[0] else ()
         plans[name] = ModulePlan(*shape, ranks, min(search.config.top_k, kept) if ranks else 2)
-    return Allocation(plans, scaling=search.plan.scaling, alpha=search.plan.alpha)
+    return Allocation(plans, scaling=search.mixture.plan.scaling, alpha=search.mixture.plan.alpha)
 
 
 def _fresh(plan: Allocation, base: nn.Module, **options: Any) -> nn.Module:
@@ -87,7 +87,7 @@ def test_one_expert_carries_over_exactly_under_soft_masks(scaling: str) -> None:
     """Without a router there is no offset to lose: soft masks fold into B whole."""
     search = _generic(mixture_search(small_config(max_experts=1, top_k=1, max_rank=4), scaling=scaling), 1.0)
     search.model.double()
-    final = _fresh(search.plan, _base_of(search)).double()
+    final = _fresh(search.mixture.plan, _base_of(search)).double()
     x = torch.randn(20, 8, dtype=torch.float64)
     carry_weights(search.model, search.vectors, final)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_rows_beyond_the_plan_are_left_behind() -> None:
     base = copy.deepcopy(net)
     torch.manual_seed(5)
     search = Search(mixture(net, config), regression(8), config, 150)
-    plan = Allocation({"layers.0": ModulePlan(8, 8, (2, 1), 2)}, alpha=search.plan.alpha)
+    plan = Allocation({"layers.0": ModulePlan(8, 8, (2, 1), 2)}, alpha=search.mixture.plan.alpha)
     final = _fresh(plan, base)
     carry_weights(search.model, search.vectors, final)
     source, target = (m.get_base_model().layers[0] for m in (search.model, final))

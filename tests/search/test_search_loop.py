@@ -38,7 +38,7 @@ def test_any_vectors_give_a_plan_within_the_budget(options: dict[str, Any], shar
             for g in found.vectors.parameters():
                 g.add_(spread * torch.randn_like(g))
         plan = found.allocation()
-        used = plan.parameters(found._router_parameters)
+        used = plan.parameters(found.mixture.router_parameters)
         row = 16
         assert found.budget - max(0.01 * found.budget, row) <= used <= found.budget
         assert all(p.experts >= least for p in plan.adapted().values())
@@ -53,7 +53,7 @@ def test_other_routers(router: str) -> None:
     expected = float(found.vectors.expected_parameters().detach())
     assert expected == pytest.approx(found.budget, rel=1e-3)
     result = found.run()
-    used = result.allocation.parameters(found._router_parameters)
+    used = result.allocation.parameters(found.mixture.router_parameters)
     assert 0.99 * found.budget <= used <= found.budget
     assert result.outer_steps == 1
 
@@ -66,10 +66,11 @@ def test_what_a_search_returns(hypergradient: str) -> None:
     start = [w.detach().clone() for w in job.weights]
     told: list[tuple[int, int, str]] = []
     result = job.run(lambda *told_now: told.append(told_now))
-    assert [t[:2] for t in told] == [(i, 9) for i in range(1, 10)]
-    assert told[0][2].startswith("loss ")
-    assert "held out" in told[3][2]
-    assert "held out" not in told[4][2]
+    assert [t[:2] for t in told] == [(i, 9) for i in range(10)]
+    assert told[0][2].startswith("about ")  # the estimate, before the first step
+    assert told[1][2].startswith("loss ")
+    assert "held out" in told[4][2]
+    assert "held out" not in told[5][2]
     assert all(
         torch.equal(a, b)
         for a, b in zip(frozen, [p for p in job.model.parameters() if not p.requires_grad], strict=True)

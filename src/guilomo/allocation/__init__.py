@@ -6,7 +6,7 @@ from guilomo.allocation.costs import RouterCost, linear_router, no_router
 from guilomo.allocation.hilo import hilo, rank_ramp
 from guilomo.allocation.learned import learned
 from guilomo.allocation.mola import MOLA_SHAPES, mola
-from guilomo.allocation.names import layers_of, site
+from guilomo.allocation.names import depths_of, layers_of, site
 from guilomo.allocation.normal import normal
 from guilomo.allocation.plan import SCALINGS, Allocation, ModuleChange, ModulePlan, ModuleShape
 from guilomo.allocation.preference import Preference
@@ -27,6 +27,7 @@ __all__ = [
     "RouterCost",
     "alphalora",
     "alphalora_counts",
+    "depths_of",
     "fit",
     "hill_alpha",
     "hilo",

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict, Unpack
 from guilomo.allocation.budget import fit
 from guilomo.allocation.costs import RouterCost
 from guilomo.allocation.modules import positive_int
-from guilomo.allocation.names import layers_of
+from guilomo.allocation.names import depths_of
 from guilomo.allocation.plan import Allocation
 from guilomo.allocation.preference import Preference
 from guilomo.allocation.rounding import half_up
@@ -49,7 +49,7 @@ def layer_count(shapes: Shapes) -> int:
     """
     if not shapes:
         raise invalid("shapes", dict(shapes), "at least one module", "Check the target names of the model.")
-    return max(layers_of(shapes).values()) + 1
+    return max(depths_of(shapes).values()) + 1
 
 
 def by_layer(
@@ -68,7 +68,7 @@ def by_layer(
         strategy: recorded in the plan.
         terms: passed to `fit`.
     """
-    layers = layers_of(shapes)
+    layers = depths_of(shapes)
     wished = {name: float(experts[layer]) for name, layer in layers.items()}
     return fit(
         Preference(wished, {name: (float(ranks[layer]),) for name, layer in layers.items()}),

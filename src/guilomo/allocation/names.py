@@ -33,6 +33,24 @@ def layers_of(names: Iterable[str]) -> dict[str, int]:
     return {name: index[places[name]] for name in names}
 
 
+def depths_of(names: Iterable[str]) -> dict[str, int]:
+    """As `layers_of`, but modules outside all layers (poolers, heads) share the depth of the layer before them.
+
+    Strategies that shape a plan by depth divide real layers; a pooler must not take the place of one. Where no layer
+    comes before, the first is taken; where there are no layers at all, `layers_of` holds. Source: ours.
+    """
+    names = list(names)
+    inside = layers_of(name for name in names if site(name)[0] is not None)
+    if not inside:
+        return layers_of(names)
+    depths: dict[str, int] = {}
+    last_before = 0
+    for name in names:
+        last_before = max(last_before, inside.get(name, 0))
+        depths[name] = inside.get(name, last_before)
+    return depths
+
+
 def _place(name: str, stacks: dict[str, int]) -> tuple[int, int]:
     """(position of the name's stack, number inside the stack); enters new stacks into `stacks`."""
     layer, _ = site(name)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from guilomo.allocation.layerwise import Shapes, Terms, by_layer, layer_count
 from guilomo.allocation.modules import positive_int
-from guilomo.allocation.names import layers_of
+from guilomo.allocation.names import depths_of
 from guilomo.allocation.plan import Allocation
 from guilomo.allocation.rounding import apportion, half_up
 from guilomo.errors import GuilomoError, invalid, unknown
@@ -156,7 +156,7 @@ def _exponents(
             raise invalid("alphas", list(alphas), f"one number for each of the {layers} layers")
         return [float(alpha) for alpha in alphas]
     found: list[list[float]] = [[] for _ in range(layers)]
-    for name, layer in layers_of(shapes).items():
+    for name, layer in depths_of(shapes).items():
         found[layer].append(_alpha_of(name, weights or {}))
     return [math.fsum(values) / len(values) for values in found]
 

@@ -77,7 +77,7 @@ def _prompts(task: Task, examples: Sequence[Example], limit: int) -> list[list[i
 
 def _settings(model: nn.Module, task: Task, limit: int) -> GenerationConfig:
     """Greedy search. Whatever a checkpoint's own generation settings ask for is overridden, not inherited."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

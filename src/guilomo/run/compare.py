@@ -76,9 +76,10 @@ def _seconds(run: Run, methods: list[dict[str, Any]], searched: bool) -> dict[st
 def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     """One row: plan, costs, runs; None before its plan is known."""
     folder = run.config.folder / "methods" / method.name
-    if not (folder / "allocation.json").exists():
+    planned = run.config.folder / "search" if method.strategy == SEARCHED else folder
+    if not (planned / "allocation.json").exists():
         return None
-    plan = Allocation.load(folder / "allocation.json")
+    plan = Allocation.load(planned / "allocation.json")
     found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
     full = [read_json(path) for path in found if path.exists()]
     runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
@@ -104,8 +105,15 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             only = runs[0]["metrics"][name]
             out[name] = {"mean": only["value"], "low": only["low"], "high": only["high"], "seeds": 1}
         else:
-            score = t_interval([r["metrics"][name]["value"] for r in runs])
-            out[name] = {"mean": score.value, "low": score.low, "high": score.high, "seeds": len(runs)}
+            values = [r["metrics"][name]["value"] for r in runs]
+            # A value that is not finite is written as null, and so is a mean that rests on one.
+            found = {} if None in values else t_interval(values).to_dict()
+            out[name] = {
+                "mean": found.get("value"),
+                "low": found.get("low"),
+                "high": found.get("high"),
+                "seeds": len(runs),
+            }
     return out
 
 

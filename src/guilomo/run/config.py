@@ -113,7 +113,9 @@ class EvaluationConfig(BaseModel):
 
     batch_size: int = Field(64, ge=1, description="Rows per batch; does not change scores.")
     generate: bool = Field(False, description="causal_lm: also generate answers greedily and match them exactly.")
-    metric: str | None = Field(None, description="Metric the report leads with; unset: accuracy, else loss.")
+    metric: (
+        Literal["loss", "accuracy", "f1", "matthews", "perplexity", "accuracy_per_character", "exact_match"] | None
+    ) = Field(None, description="Metric the report leads with; unset: accuracy, exact match, perplexity or loss.")
 
 
 class RunConfig(BaseModel):
@@ -132,9 +134,21 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     methods: list[MethodConfig] = Field(
         default_factory=lambda: [MethodConfig(name=n) for n in ("guilomo", "lora", "uniform", "random")],
+        min_length=1,
         description="Rows of the comparison, all at the same budget.",
     )
     seeds: list[int] = Field(default=[0], min_length=1, description="One training per method and seed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_top_k(cls, value: Any) -> Any:
+        """The search's own checks need the top-k of the mixture, unless the recipe gives it one."""
+        if not isinstance(value, dict) or not isinstance(value.get("mixture"), dict):
+            return value
+        top_k, search = value["mixture"].get("top_k"), value.get("search", {})
+        if isinstance(top_k, int) and top_k >= 1 and isinstance(search, dict):
+            return {**value, "search": {"top_k": top_k, **search}}
+        return value
 
     @field_validator("seeds")
     @classmethod
@@ -151,6 +165,11 @@ class RunConfig(BaseModel):
         if "top_k" in self.search.model_fields_set and self.search.top_k != self.mixture.top_k:
             raise ValueError(
                 f"search.top_k = {self.search.top_k} contradicts mixture.top_k = {self.mixture.top_k}. Set the latter."
+            )
+        if self.evaluation.generate and self.task.kind != "causal_lm":
+            raise ValueError(
+                f"evaluation.generate = True contradicts task.kind = {self.task.kind!r}: "
+                "only causal_lm writes answers. Set one or the other."
             )
         if self.search.max_experts < self.mixture.top_k:
             raise ValueError(

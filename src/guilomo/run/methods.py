@@ -8,11 +8,11 @@ from typing import Any
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from guilomo.allocation import Allocation, ModuleShape, RouterCost, linear_router, no_router
+from guilomo.allocation import Allocation, ModuleShape, RouterCost
 from guilomo.allocation.registry import STRATEGIES, make
 from guilomo.allocation.uniform import uniform
-from guilomo.errors import unknown
-from guilomo.layers.routers import router_class
+from guilomo.errors import GuilomoError, unknown
+from guilomo.layers.routers import cost_of_router
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig, RunConfig
 from guilomo.search import search_sized
 from guilomo.tasks import Task
@@ -26,6 +26,11 @@ def check_methods(config: RunConfig) -> None:
     for method in config.methods:
         if method.strategy not in {SEARCHED, *STRATEGIES} - {"learned"}:
             raise unknown(f"strategy of method {method.name!r}", method.strategy, {SEARCHED, *STRATEGIES} - {"learned"})
+        if method.strategy == SEARCHED and method.options:
+            raise GuilomoError(
+                f"Method {method.name!r} has options {sorted(method.options)}, but the options of the searched method "
+                "are the keys under search. Move them there."
+            )
 
 
 def mixture_config(config: RunConfig, task: Task, **options: Any) -> LoraMoeConfig:
@@ -45,11 +50,8 @@ def model_shapes(model: nn.Module, config: RunConfig, task: Task) -> dict[str, M
 
 
 def router_cost(config: RunConfig) -> RouterCost:
-    """What the run's router costs; a single expert has none."""
-    count = router_class(config.mixture.router).parameters_for
-    if config.mixture.router == "topk":
-        return linear_router
-    return no_router if count(2, 1) == 0 else lambda experts, features: count(experts, features) if experts > 1 else 0
+    """What the run's router costs."""
+    return cost_of_router(config.mixture.router)
 
 
 def resolve_budget(config: RunConfig, shapes: dict[str, ModuleShape]) -> tuple[int, str]:
@@ -68,8 +70,14 @@ def plan_method(
     terms: dict[str, Any] = {"budget": budget, "alpha": config.mixture.alpha, "scaling": config.mixture.scaling}
     if method.strategy != PLAIN_LORA:
         terms |= {"router": router_cost(config), "top_k": config.mixture.top_k}
+    if method.strategy == "uniform" and config.budget.parameters is None:
+        # The plan that sets the budget is itself the uniform row, where it has enough experts for top-k.
+        terms |= {"experts": max(config.budget.experts, config.mixture.top_k), "rank": config.budget.rank}
+    if method.strategy == "random":
+        # The control draws from what the search may choose.
+        terms |= {"max_experts": config.search.max_experts, "max_rank": config.search.max_rank}
     if method.strategy == "alphalora" and "alphas" not in method.options:
-        terms["weights"] = {name: model.get_submodule(name).weight.detach() for name in shapes}
+        terms["weights"] = {name: model.get_parameter(f"{name}.weight").detach() for name in shapes}
     return make(method.strategy, shapes, **{**terms, **method.options})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,13 @@ def model_path(config: ModelConfig) -> str:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
-    return _loaded(AutoTokenizer, config)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, config)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer for a folder without tokenizer files.
+        raise GuilomoError(
+            f"model.path = {config.path!r} has no tokenizer. Save the model's tokenizer into the same folder."
+        )
+    return tokenizer
 
 
 def load_model(config: ModelConfig, task: Task, seed: int) -> nn.Module:
@@ -64,6 +71,8 @@ def load_model(config: ModelConfig, task: Task, seed: int) -> nn.Module:
 
 def _loaded(kind: Any, config: ModelConfig, **options: Any) -> Any:
     path = model_path(config)
+    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).exists():
+        raise GuilomoError(f"model.path = {config.path!r} cannot be loaded: there is no such folder.")
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:

@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
@@ -99,7 +101,8 @@ class Run:
         """
         path = self.config.folder / "config.json"
         present = self.config.model_dump(mode="json")
-        if path.exists():
+        # A run that failed before its first checkpoint, on bad data for instance, claims nothing.
+        if path.exists() and any((self.config.folder / part).exists() for part in ("search", "methods")):
             saved = read_json(path)
             if saved != present:
                 raise GuilomoError(
@@ -118,7 +121,7 @@ class Run:
         folder = self.config.folder / "search"
         if (folder / "search.json").exists():
             return Allocation.load(folder / "allocation.json")
-        job = self._search_job()
+        job = self.search_job()
         result = job.run(lambda step, steps, text: self.progress("search", step, steps, text), self.should_stop)
         if self.should_stop() and job.step < self.config.search.steps and not result.stopped_early:
             raise Interrupted(f"The search stopped at step {job.step} of {self.config.search.steps}.")
@@ -126,7 +129,7 @@ class Run:
         write_json(folder / "search.json", result.to_dict())
         return result.allocation
 
-    def _search_job(self) -> Search:
+    def search_job(self) -> Search:
         seed = self.config.search.seed
         model = get_peft_model(self.fresh_model(seed), search_mixture(self.config, self.task))
         return Search(model, self.task, self.config.search, self.facts["budget"], self.config.folder / "search")
@@ -138,9 +141,10 @@ class Run:
 
     def train(self, method: MethodConfig, seed: int) -> dict[str, Any]:
         """Trains and scores one method with one seed; returns the content of its result.json."""
-        folder = self.config.folder / "methods" / method.name / f"seed-{seed}"
+        folder = self._folder(method, seed)
         if (folder / "result.json").exists():
             found: dict[str, Any] = read_json(folder / "result.json")
+            self._refuse_other_data(found, folder)
             return found
         plan = self.plan(method)
         write_text(folder.parent / "allocation.json", plan.to_json())
@@ -164,9 +168,22 @@ class Run:
         return {"seed": seed, **result}
 
     def _start_from_search(self, model: nn.Module) -> None:
-        job = self._search_job()
+        job = self.search_job()
         job.resume()
+        if job.step == 0:
+            raise GuilomoError(
+                f"train.start_from_search needs the searched weights, but {self.config.folder / 'search'} holds no "
+                "checkpoint any more. Delete that folder to search again, or turn start_from_search off."
+            )
         carry_weights(job.model, job.vectors, model)
+
+    def _refuse_other_data(self, found: dict[str, Any], folder: Path) -> None:
+        """Results are compared row by row, so they must be of the same rows."""
+        if found["data_hash"] != self.task.data_hash:
+            raise GuilomoError(
+                f"The data of {self.task.name!r} have changed since {folder} was made. Restore them, give another "
+                "output folder (--set output=...), or delete this one."
+            )
 
     def _score(self, model: nn.Module, trained: TrainResult, stage: str) -> dict[str, Any]:
         scored = evaluate(
@@ -183,9 +200,10 @@ class Run:
             "dead": {name: len(h.dead) for name, h in health.items()},
         }
         return {
+            "data_hash": scored["data_hash"],
             "metrics": scored["metrics"],
             "train_seconds": round(trained.seconds, 2),
-            "step_seconds": round(trained.step_seconds, 5),
+            "step_seconds": None if trained.step_seconds is None else round(trained.step_seconds, 5),
             "loss_curve": trained.loss_curve,
             "router": router if health else None,
             "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "correct")},
@@ -203,12 +221,21 @@ class Run:
         return results
 
     def all(self) -> dict[str, Any]:
-        """The whole job; results and page are rewritten after every training, so that a stopped run has them too."""
-        for seed in self.config.seeds:
-            for method in self.config.methods:
+        """The whole job; results and page are rewritten after every training, and when the run is stopped."""
+        results: dict[str, Any] = {}
+        for seed, method in product(self.config.seeds, self.config.methods):
+            present = (self._folder(method, seed) / "result.json").exists()
+            try:
                 self.train(method, seed)
+            except Interrupted:
                 self.write_results()
-        return self.write_results()
+                raise
+            if not present:
+                results = self.write_results()
+        return results or self.write_results()
+
+    def _folder(self, method: MethodConfig, seed: int) -> Path:
+        return self.config.folder / "methods" / method.name / f"seed-{seed}"
 
     @cached_property
     def router_cost(self) -> Any:

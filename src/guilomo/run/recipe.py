@@ -27,7 +27,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         return RunConfig.model_validate(content)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = dict.fromkeys(_explain(problem) for problem in _merged(error.errors()))
         raise GuilomoError(where + "\n".join(problems)) from None
 
 
@@ -53,17 +53,49 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise GuilomoError(f"--set {override!r} is not usable: expected key=value, such as search.steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise GuilomoError(f"--set {override!r} is not usable: {text!r} is not a YAML value.") from None
     target: Any = content
     *parents, last = key.strip().split(".")
     for parent in parents:
-        target = target[int(parent)] if isinstance(target, list) else target.setdefault(parent, {})
+        if isinstance(target, list):
+            target = target[_index(parent, target, override)]
+        else:
+            # A group that the file names but leaves empty is null.
+            target[parent] = {} if target.get(parent) is None else target[parent]
+            target = target[parent]
         if not isinstance(target, (dict, list)):
             raise GuilomoError(f"--set {override!r} is not usable: {parent!r} holds a single value, not a group.")
-    value = yaml.safe_load(text)
-    if isinstance(target, list):
-        target[int(last)] = value
-    else:
-        target[last] = value
+    target[_index(last, target, override) if isinstance(target, list) else last] = value
+
+
+def _index(text: str, items: list[Any], override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise GuilomoError(
+            f"--set {override!r} is not usable: {text!r} is not the place of an item; the list has {len(items)}, "
+            "counted from 0."
+        )
+    return int(text)
+
+
+def _merged(problems: Sequence[Any]) -> list[Any]:
+    """One problem per place: a value that fits none of several types is reported by pydantic once per type."""
+    merged: dict[tuple[Any, ...], Any] = {}
+    for problem in problems:
+        place = tuple(part for part in problem["loc"] if not _is_type_name(part))
+        if place in merged and len(place) < len(problem["loc"]):
+            message = f"{merged[place]['msg']}, or {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            merged[place] = {**merged[place], "msg": message}
+        else:
+            merged[place] = {**problem, "loc": place}
+    return list(merged.values())
+
+
+def _is_type_name(part: Any) -> bool:
+    """Whether part of a place is how pydantic names a member of a union."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
 
 
 def _explain(problem: Any) -> str:
@@ -76,6 +108,10 @@ def _explain(problem: Any) -> str:
         near = get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{name} is not a known key: expected one of {', '.join(sorted(known))}.{hint}"
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{name} = {problem['input']!r} is not usable: expected keys with values."
+    if problem["type"] == "missing":
+        return f"{name} is missing."
     if problem["type"] == "value_error":
         return message if not path else f"{name}: {message}"
     return f"{name} = {problem['input']!r} is not usable: {message[0].lower() + message[1:]}."

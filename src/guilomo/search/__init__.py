@@ -4,7 +4,8 @@ from guilomo.search.carry import carry_weights
 from guilomo.search.config import SearchConfig
 from guilomo.search.data import SearchData
 from guilomo.search.hypergradient import HYPERGRADIENTS
-from guilomo.search.loop import Search, search, search_sized
+from guilomo.search.loop import Search, search
+from guilomo.search.mixture import search_sized
 from guilomo.search.result import SearchResult
 from guilomo.search.vectors import SelectionVectors
 

@@ -62,8 +62,8 @@ class SearchConfig(BaseModel):
     patience: int = Field(
         5, ge=0, description="Stop when the allocation moved less than 1 % over this many looks; 0: never."
     )
-    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    record_every: int = Field(5, ge=1, description="Steps between records of the trajectories.")
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    record_every: int = Field(4, ge=1, description="Steps between records of the trajectories.")
     seed: int = Field(0, description="Of the data order, dropout and initial weights.")
 
     @model_validator(mode="after")

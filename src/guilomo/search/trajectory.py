@@ -10,6 +10,8 @@ from torch import Tensor
 
 from guilomo.search.vectors import SelectionVectors
 
+TENSORS = ("experts", "ranks", "expert_vectors", "rank_vectors")
+
 
 @dataclass
 class Trajectory:
@@ -18,6 +20,7 @@ class Trajectory:
     Attributes:
         step, train_loss, held_out_loss, expected_parameters: one number per record.
         experts: per record the expected counts ``(M,)``; ranks: per record the expected ranks ``(M, E)``.
+        expert_vectors, rank_vectors: per record the selection vectors themselves.
     """
 
     step: list[int] = field(default_factory=list)
@@ -26,6 +29,8 @@ class Trajectory:
     expected_parameters: list[float] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
     ranks: list[Tensor] = field(default_factory=list)
+    expert_vectors: list[Tensor] = field(default_factory=list)
+    rank_vectors: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def record(self, step: int, train_loss: float, held_out_loss: float | None, vectors: SelectionVectors) -> None:
@@ -36,6 +41,8 @@ class Trajectory:
         self.expected_parameters.append(float(vectors.expected_parameters()))
         self.experts.append(experts.detach().cpu().clone())
         self.ranks.append(ranks.detach().cpu().clone())
+        self.expert_vectors.append(vectors.experts.detach().cpu().clone())
+        self.rank_vectors.append(vectors.ranks.detach().cpu().clone())
 
     def movement(self) -> dict[str, float]:
         """Mean absolute change of expected expert count and of expected rank from the first record to the last."""
@@ -61,10 +68,8 @@ class Trajectory:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All records as tensors, ``(S, M)`` and ``(S, M, E)``."""
-        if not self.step:
-            return {}
-        return {"experts": torch.stack(self.experts), "ranks": torch.stack(self.ranks)}
+        """All tensor records, stacked over the S records: ``(S, M)``, ``(S, M, E)`` and the vectors' own shapes."""
+        return {name: torch.stack(getattr(self, name)) for name in TENSORS if self.step}
 
     def numbers(self) -> dict[str, Any]:
         """The scalar records, JSON-ready."""
@@ -74,8 +79,8 @@ class Trajectory:
     def restored(cls, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Trajectory:
         """Back from `numbers` and `tensors`."""
         out = cls(**numbers)
-        out.experts = list(tensors.get("experts", torch.zeros(0)).unbind(0))
-        out.ranks = list(tensors.get("ranks", torch.zeros(0)).unbind(0))
+        for name, value in tensors.items():
+            setattr(out, name, list(value.unbind(0)))
         return out
 
 

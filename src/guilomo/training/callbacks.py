@@ -1,16 +1,26 @@
-"""Trainer callbacks: router health, progress, stopping on request."""
+"""Trainer callbacks: router health, progress, stopping on request or on a loss that is not finite."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from guilomo.errors import GuilomoError
 from guilomo.layers import RouterHealth, router_health
+from guilomo.layers.balance import RouterStatistics
 from guilomo.tuner import RoutingContext
 
 Progress = Callable[[int, int, str], None]
+
+HEALTH_FILE = "router_health.json"
+"""In a checkpoint's folder: what the routers did since the last reading, and that reading."""
 
 
 class RouterHealthCallback(TrainerCallback):
@@ -18,11 +28,19 @@ class RouterHealthCallback(TrainerCallback):
 
     With any Trainer: ``trainer.add_callback(RouterHealthCallback(context_of(base_model)))``. Every log then has
     ``router_load_entropy`` (mean over modules; 1 is even, 0 is collapse) and ``router_dead_experts``. After training,
-    `health` holds every module's `RouterHealth` over the steps since the last log.
+    `health` holds every module's `RouterHealth` over the steps between the last two readings.
+
+    Args:
+        context: of the base model.
+        every: steps between readings; unset: a reading at every log.
+
+    What was counted since the last reading is saved with every checkpoint, so that a continued training reads the
+    same numbers.
     """
 
-    def __init__(self, context: RoutingContext) -> None:
+    def __init__(self, context: RoutingContext, every: int | None = None) -> None:
         self.context = context
+        self.every = every
         self.health: dict[str, RouterHealth] = {}
 
     def on_train_begin(
@@ -30,6 +48,33 @@ class RouterHealthCallback(TrainerCallback):
     ) -> None:
         self.context.record = True
         self.context.statistics.clear()
+        if state.global_step:
+            self.restore(_checkpoint(args, state), args.device)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            counted = {name: _numbers(s) for name, s in self.context.statistics.items()}
+            health = {name: h.to_dict() for name, h in self.health.items()}
+            (folder / HEALTH_FILE).write_text(json.dumps({"counted": counted, "health": health}), encoding="utf-8")
+
+    def restore(self, checkpoint: Path, device: torch.device | None = None) -> None:
+        """Takes up the counts and the last reading of a checkpoint, if it has them."""
+        if not (checkpoint / HEALTH_FILE).is_file():
+            return
+        saved = json.loads((checkpoint / HEALTH_FILE).read_text(encoding="utf-8"))
+        counted = {name: _statistics(numbers, device) for name, numbers in saved["counted"].items()}
+        self.context.statistics.update(counted)
+        self.health = {
+            name: RouterHealth(tuple(h["load"]), h["load_entropy"], h["token_entropy"], tuple(h["dead"]))
+            for name, h in saved["health"].items()
+        }
+
+    def _due(self, state: TrainerState) -> bool:
+        """Whether to read now; a training shorter than the distance between readings is read at its end."""
+        if self.every is None or state.global_step % self.every == 0:
+            return True
+        return not self.health and state.global_step >= state.max_steps
 
     def on_log(
         self,
@@ -39,18 +84,59 @@ class RouterHealthCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.context.statistics:
+        if not self.context.statistics or not self._due(state):
             return
         self.health = {name: router_health(s) for name, s in self.context.statistics.items()}
         self.context.statistics.clear()
-        if logs is not None:
-            logs["router_load_entropy"] = sum(h.load_entropy for h in self.health.values()) / len(self.health)
-            logs["router_dead_experts"] = float(sum(len(h.dead) for h in self.health.values()))
+        found = {
+            "router_load_entropy": sum(h.load_entropy for h in self.health.values()) / len(self.health),
+            "router_dead_experts": float(sum(len(h.dead) for h in self.health.values())),
+        }
+        # Trainer has copied the log into its history before it asks the callbacks.
+        for target in (logs, state.log_history[-1] if state.log_history else None):
+            if target is not None:
+                target.update(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.context.record = False
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint of the present step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _numbers(statistics: RouterStatistics) -> dict[str, Any]:
+    return {f.name: getattr(statistics, f.name).tolist() for f in fields(statistics)}
+
+
+def _statistics(numbers: dict[str, Any], device: torch.device | None) -> RouterStatistics:
+    return RouterStatistics(**{name: torch.tensor(value, device=device) for name, value in numbers.items()})
+
+
+class FiniteLossCallback(TrainerCallback):
+    """Stops the training at the first logged loss that is not finite.
+
+    Args:
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise GuilomoError(f"The training loss was {loss} at step {state.global_step}. {self.remedy}")
 
 
 class ProgressCallback(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from guilomo.errors import GuilomoError
 from guilomo.layers import RouterHealth
 from guilomo.tasks import Task
-from guilomo.training.callbacks import Progress, ProgressCallback, RouterHealthCallback
+from guilomo.training.callbacks import FiniteLossCallback, Progress, ProgressCallback, RouterHealthCallback
 from guilomo.training.config import TrainConfig
 from guilomo.tuner import context_of
+
+_NAMES = TrainingArguments.__dataclass_fields__
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+"""transformers 5.23 has renamed the option and warns of the old name."""
 
 
 class Interrupted(Exception):
@@ -31,21 +34,23 @@ class TrainResult:
     """What fine-tuning did.
 
     Attributes:
-        steps, seconds, step_seconds: optimiser steps in all, and time of this process's part of them.
-        loss_curve: ``(step, mean training loss since the last point)``.
+        steps, seconds, step_seconds: optimiser steps in all, and time of this process's part of them; None per step
+            where all were done before.
+        loss_curve: ``(step, mean training loss since the last point)``; the last point is the last step.
         health: router health by module; empty where nothing is routed.
     """
 
     steps: int
     seconds: float
-    step_seconds: float
+    step_seconds: float | None
     loss_curve: list[tuple[int, float]]
     health: dict[str, RouterHealth]
 
 
-def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
-    """Trainer's arguments for `config`."""
-    return TrainingArguments(
+def training_arguments(config: TrainConfig, folder: Path, seed: int, use_cpu: bool = False) -> TrainingArguments:
+    """Trainer's arguments for `config`; `use_cpu` keeps Trainer from moving the model to an accelerator."""
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: config.gradient_checkpointing}
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -56,8 +61,10 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         warmup_steps=config.warmup_ratio,
         lr_scheduler_type=config.schedule,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        logging_steps=config.log_every,
+        **checkpointing,
+        # Every step is logged, for only what is logged survives in a checkpoint; `loss_curve` thins it out.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=1,
@@ -67,9 +74,14 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
+        use_cpu=use_cpu,
         # Pinned memory needs an accelerator; without one torch warns at every epoch.
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
     )
+    if arguments.n_gpu > 1:
+        # Trainer would wrap the model in DataParallel, whose replicas share no routing context.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def fine_tune(
@@ -95,36 +107,36 @@ def fine_tune(
     """
     folder = Path(folder)
     rows = [*task.train, *task.held_out] if config.use_held_out else task.train
-    health = RouterHealthCallback(context_of(model.get_base_model()))  # type: ignore[operator]
-    callbacks = [health, ProgressCallback(progress, should_stop)]
+    health = RouterHealthCallback(context_of(model.get_base_model()), config.log_every)  # type: ignore[operator]
+    finite = FiniteLossCallback(f"Lower train.learning_rate (now {config.learning_rate}).")
+    on_cpu = next(model.parameters()).device.type == "cpu"
     trainer = Trainer(
         model=model,
-        args=training_arguments(config, folder, seed),
+        args=training_arguments(config, folder, seed, on_cpu),
         train_dataset=rows,
         data_collator=task.collate,
-        callbacks=callbacks,
+        callbacks=[health, finite, ProgressCallback(progress, should_stop)],
     )
     trainer.remove_callback(PrinterCallback)
-    started, before = time.perf_counter(), _last_step(folder)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    before = TrainerState.load_from_json(str(Path(last) / "trainer_state.json")) if last else TrainerState()
+    started, state = time.perf_counter(), before
+    if last and before.global_step >= before.max_steps:
+        # Trainer would take one more step from the checkpoint of the last one.
+        set_peft_model_state_dict(model, load_peft_weights(last, device=str(next(model.parameters()).device)))
+        health.restore(Path(last))
+    else:
+        trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
     seconds = time.perf_counter() - started
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-    curve = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    _refuse_not_finite(curve, config)
-    done = max(trainer.state.global_step - before, 1)
-    return TrainResult(trainer.state.global_step, seconds, seconds / done, curve, health.health)
+    if state.global_step < state.max_steps:
+        raise Interrupted(f"Training stopped at step {state.global_step} of {state.max_steps}.")
+    done = state.global_step - before.global_step
+    curve = loss_curve([float(log["loss"]) for log in state.log_history if "loss" in log], config.log_every)
+    return TrainResult(state.global_step, seconds, seconds / done if done else None, curve, health.health)
 
 
-def _last_step(folder: Path) -> int:
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return int(Path(found).name.rsplit("-", 1)[1]) if found else 0
-
-
-def _refuse_not_finite(curve: list[tuple[int, float]], config: TrainConfig) -> None:
-    bad: list[Any] = [step for step, loss in curve if not math.isfinite(loss)]
-    if bad:
-        raise GuilomoError(
-            f"The training loss was not finite at step {bad[0]}. "
-            f"Lower train.learning_rate (now {config.learning_rate})."
-        )
+def loss_curve(losses: list[float], every: int) -> list[tuple[int, float]]:
+    """``(step, mean loss since the last point)`` at every multiple of `every` and at the last step."""
+    parts = [losses[start : start + every] for start in range(0, len(losses), every)]
+    return [(i * every + len(part), sum(part) / len(part)) for i, part in enumerate(parts)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from guilomo.allocation import Allocation, ModulePlan, ModuleShape, layers_of
+from guilomo.allocation import Allocation, ModulePlan, ModuleShape, depths_of
 from guilomo.errors import GuilomoError, invalid
 from guilomo.layers.routers import router_class
 from guilomo.tuner.config import LoraMoeConfig
@@ -93,7 +93,7 @@ def balance_groups(plan: Allocation, over: str) -> dict[str, list[str]]:
     if over == "module":
         return {name: [name] for name in routed}
     groups: dict[str, list[str]] = {}
-    for name, layer in layers_of(plan.modules).items():
+    for name, layer in depths_of(plan.modules).items():
         if name in routed:
             groups.setdefault(f"layer {layer}", []).append(name)
     for group, names in groups.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from guilomo.errors import unknown
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
@@ -18,4 +20,10 @@ def router_class(name: str) -> type[Router]:
     return ROUTERS[name]
 
 
-__all__ = ["ROUTERS", "DenseRouter", "FixedRouter", "TopKRouter", "router_class"]
+def cost_of_router(name: str) -> Callable[[int, int], int]:
+    """Trainable parameters of the named router as a function of ``(experts, in_features)``; one expert has none."""
+    count = router_class(name).parameters_for
+    return lambda experts, in_features: count(experts, in_features) if experts > 1 else 0
+
+
+__all__ = ["ROUTERS", "DenseRouter", "FixedRouter", "TopKRouter", "cost_of_router", "router_class"]

@@ -1,0 +1,277 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from torch import nn
+
+from guilomo.allocation import Allocation, RouterCost, linear_router
+from guilomo.allocation.registry import STRATEGIES
+from guilomo.cli.progress import shown_progress, stop_on_signal
+from guilomo.errors import GuilomoError, invalid, unknown
+from guilomo.evaluation import evaluate as score
+from guilomo.evaluation import run_lm_eval
+from guilomo.layers.routers import cost_of_router
+from guilomo.report import allocation_table, comparison_table, plot_allocation, plot_headline, save_figure, write_report
+from guilomo.run import Run, load_recipe
+from guilomo.run.config import MethodConfig, RunConfig
+from guilomo.run.dry import dry_run
+from guilomo.run.files import read_json, write_json
+from guilomo.run.methods import model_shapes, plan_method, resolve_budget
+from guilomo.run.model import load_model, model_path
+from guilomo.tuner import LoraMoeConfig
+
+console = Console(soft_wrap=True)
+
+
+@contextmanager
+def _prepared(arguments: argparse.Namespace, resumable: bool = True) -> Iterator[Run]:
+    """The run of a recipe command, with progress and orderly stopping."""
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    with stop_on_signal() as should_stop, shown_progress(console, arguments.quiet) as progress:
+        job = Run(config, arguments.typed, progress, should_stop)
+        if resumable:
+            job.prepare(arguments.resume)
+        yield job
+
+
+def _dry(arguments: argparse.Namespace) -> bool:
+    if arguments.dry_run:
+        with _prepared(arguments, resumable=False) as job:
+            report = dry_run(job)
+        for name, plan in report.plans.items():
+            console.print(f"\n{name}: {plan.parameters(job.router_cost):,} parameters", style="bold", highlight=False)
+            console.print(plan.table(job.router_cost), highlight=False, markup=False, soft_wrap=True)
+        console.print("\n" + report.summary, highlight=False, markup=False)
+    return bool(arguments.dry_run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if _dry(arguments):
+        return
+    with _prepared(arguments) as job:
+        results = job.all()
+    _show(results, job.config.folder)
+
+
+def _show(results: dict[str, Any], folder: Path) -> None:
+    _print_table(comparison_table(results), comparison_table(_leading(results)))
+    for sentence in results["verdict"]:
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"\nreport   {folder / 'report.html'}\nresults  {folder / 'results.json'}", highlight=False)
+
+
+def _print_table(table: Table, shorter: Table | None = None) -> None:
+    """A table whose columns are not cut: a narrow terminal gets the shorter one, a file the whole width."""
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    if console.is_terminal and wide > console.width:
+        console.print(shorter or table)
+    else:
+        Console(file=console.file, width=max(wide, console.width)).print(table)
+
+
+def _leading(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with only the metric that the report leads with."""
+    metric = results["primary_metric"]
+
+    def only(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name == metric}
+
+    methods = [
+        {**m, "summary": only(m["summary"]), "runs": [{**r, "metrics": only(r["metrics"])} for r in m["runs"]]}
+        for m in results["methods"]
+    ]
+    return {**results, "methods": methods}
+
+
+def search(arguments: argparse.Namespace) -> None:
+    if _dry(arguments):
+        return
+    with _prepared(arguments) as job:
+        plan = job.search()
+        results = job.write_results()
+    _print_table(allocation_table(plan))
+    moved = results["search"]["movement"]
+    console.print(
+        f"{plan.parameters(job.router_cost):,} of {job.facts['budget']:,} parameters. From start to end the search "
+        f"moved expert counts by {moved['experts']:.2f} and ranks by {moved['ranks']:.2f} on average.\n"
+        f"allocation  {job.config.folder / 'search' / 'allocation.json'}",
+        highlight=False,
+    )
+
+
+def allocate(arguments: argparse.Namespace) -> None:
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    known = {*STRATEGIES} - {"learned"}
+    if arguments.strategy not in known:
+        raise unknown("--strategy", arguments.strategy, known)
+    options = dict(_option(text) for text in arguments.options)
+    job = Run(config)
+    model = job.fresh_model(config.seeds[0])
+    shapes = model_shapes(model, config, job.task)
+    budget, source = resolve_budget(config, shapes)
+    plan = plan_method(MethodConfig(name=arguments.strategy, options=options), config, model, shapes, budget)
+    console.print(plan.table(job.router_cost), highlight=False, markup=False, soft_wrap=True)
+    spent = plan.parameters(job.router_cost)
+    console.print(f"{spent:,} of {budget:,} parameters ({source}): {100 * spent / budget:.2f} %", highlight=False)
+    _save_plan(plan, arguments)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise invalid("--option", text, "key=value, such as groups=[2,4,6,8]")
+    return key.strip(), yaml.safe_load(value)
+
+
+def _save_plan(plan: Allocation, arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "save", None):
+        plan.save(arguments.save)
+        console.print(f"written to {arguments.save}", highlight=False)
+    if arguments.plot:
+        save_figure(plot_allocation(plan), arguments.plot)
+        console.print(f"drawn to {arguments.plot}", highlight=False)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    if _dry(arguments):
+        return
+    with _prepared(arguments) as job:
+        methods = {m.name: m for m in job.config.methods}
+        if arguments.method not in methods:
+            raise unknown("--method", arguments.method, methods)
+        seed = job.config.seeds[0] if arguments.seed is None else arguments.seed
+        result = job.train(methods[arguments.method], seed)
+        job.write_results()
+    _scores(result["metrics"])
+    folder = job.config.folder / "methods" / arguments.method / f"seed-{seed}" / "adapter"
+    console.print(f"adapter  {folder}", highlight=False)
+
+
+def _scores(metrics: dict[str, dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("metric", "value", "95 % interval", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, found in metrics.items():
+        interval = "–" if found["low"] is None else f"{found['low']:.4f} – {found['high']:.4f}"
+        value = "not finite" if found["value"] is None else f"{found['value']:.4f}"
+        table.add_row(name, value, interval, str(found["n"]))
+    _print_table(table)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    adapter = _adapter_folder(arguments.adapter)
+    if arguments.lm_eval:
+        content = _harness(arguments, config, adapter)
+        console.print_json(json.dumps(content, default=str))
+    else:
+        with _prepared(arguments, resumable=False) as job:
+            model = _adapted(load_model(config.model, job.task, config.seeds[0]), adapter)
+            options = config.evaluation
+            result = score(
+                model,
+                job.task,
+                arguments.split,
+                options.batch_size,
+                options.generate,
+                lambda done, rows: job.progress(arguments.split, done, rows, ""),
+            ).to_dict()
+        content = {key: result[key] for key in ("task", "split", "data_hash", "metrics")}
+        _scores(content["metrics"])
+    if arguments.save:
+        write_json(Path(arguments.save), content)
+
+
+def _harness(arguments: argparse.Namespace, config: RunConfig, adapter: Path) -> dict[str, Any]:
+    """The scores of lm-eval, with the model as the recipe says."""
+    where = {} if config.model.device == "auto" else {"device": config.model.device}
+    found = run_lm_eval(
+        model_path(config.model),
+        adapter,
+        arguments.lm_eval.split(","),
+        include_path=arguments.include_path,
+        include_defaults=arguments.include_path is None,
+        model_args={"dtype": config.model.dtype},
+        batch_size=config.evaluation.batch_size,
+        limit=arguments.limit,
+        **where,
+    )
+    return {name: found[name] for name in ("results", "n-samples", "versions") if name in found}
+
+
+def _adapted(model: nn.Module, adapter: Path) -> PeftModel:
+    """The model with an adapter from a folder."""
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, GuilomoError):
+            raise
+        raise GuilomoError(
+            f"--adapter = {str(adapter)!r} does not fit the recipe's model and task: {str(error).splitlines()[0]} "
+            "Give the recipe that the adapter was trained with."
+        ) from error
+
+
+def _adapter_folder(text: str) -> Path:
+    folder = Path(text)
+    if not (folder / "adapter_config.json").is_file():
+        raise invalid("--adapter", text, "a folder with adapter_config.json", "guilomo train prints such a folder.")
+    return folder
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    plan, router = _plan_at(Path(arguments.path))
+    if arguments.diff:
+        other, _ = _plan_at(Path(arguments.diff))
+        console.print(plan.describe_diff(other) or "no difference", highlight=False, markup=False)
+    elif arguments.json:
+        console.print_json(plan.to_json())
+    else:
+        console.print(plan.table(router), highlight=False, markup=False, soft_wrap=True)
+    _save_plan(plan, arguments)
+
+
+def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
+    """The allocation in an adapter folder, a run folder (the searched one) or a JSON file, and what its routers cost.
+
+    A plan alone does not say which router it is for; the linear one is assumed.
+    """
+    if (path / "adapter_config.json").is_file():
+        config = PeftConfig.from_pretrained(str(path))
+        if not isinstance(config, LoraMoeConfig) or config.plan is None:
+            raise GuilomoError(
+                f"{path} is a {str(config.peft_type).rpartition('.')[2]} adapter; only mixtures carry an allocation."
+            )
+        return config.plan, cost_of_router(config.router)
+    for candidate in (path / "search" / "allocation.json", path / "allocation.json", path):
+        if candidate.is_file():
+            try:
+                return Allocation.load(candidate), linear_router
+            except UnicodeDecodeError:
+                raise GuilomoError(f"{candidate} is not text; expected an allocation as JSON.") from None
+    raise invalid("path", str(path), "an adapter folder, a run folder with a finished search, or an allocation.json")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.folder)
+    results = read_json(folder / "results.json")
+    write_report(results, folder / "report.html")
+    console.print(f"written to {folder / 'report.html'}", highlight=False)
+    if arguments.picture:
+        save_figure(plot_headline(results), arguments.picture)
+        console.print(f"drawn to {arguments.picture}", highlight=False)
+
+
+__all__ = ["allocate", "evaluate", "inspect", "report", "run", "search", "train"]

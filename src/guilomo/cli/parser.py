@@ -1,0 +1,115 @@
+"""The command line's grammar."""
+
+from __future__ import annotations
+
+import argparse
+
+from guilomo import __version__
+from guilomo.allocation.registry import STRATEGIES
+from guilomo.cli.options import describe_options
+
+RECIPE_HELP = "YAML file; see recipes/. Without one, defaults (the packaged demo task and model)"
+
+EPILOG = """exit codes: 0 done; 2 bad arguments, recipe or data (the message says what to change);
+130 stopped by Ctrl-C after saving (continue with --resume)."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="guilomo",
+        description="Mixtures of LoRA experts whose expert counts and ranks are searched under a parameter budget.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"guilomo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _run(commands)
+    _search(commands)
+    _allocate(commands)
+    _train(commands)
+    _evaluate(commands)
+    _inspect(commands)
+    _report(commands)
+    return parser
+
+
+def _recipe_command(commands: argparse._SubParsersAction, name: str, help: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"{describe_options()}\n\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("recipe", nargs="?", help=RECIPE_HELP)
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe, e.g. --set search.steps=100; may be given several times",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    return command
+
+
+def _resumable(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--resume", action="store_true", help="continue the run in the output folder, if there is one")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show the plan of every method, costs and estimates; train nothing"
+    )
+
+
+def _run(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = _recipe_command(commands, "run", "search, train every method at one budget, compare, write the report")
+    _resumable(command)
+
+
+def _search(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = _recipe_command(commands, "search", "only the search: which experts and ranks, for this model and task")
+    _resumable(command)
+
+
+def _allocate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = _recipe_command(commands, "allocate", "make an allocation without searching, and show what it costs")
+    command.add_argument("--strategy", default="uniform", help=", ".join(sorted({*STRATEGIES} - {"learned"})))
+    command.add_argument(
+        "--option", dest="options", action="append", default=[], metavar="KEY=VALUE", help="option of the strategy"
+    )
+    command.add_argument("--save", metavar="FILE", help="write the allocation as JSON")
+    command.add_argument("--plot", metavar="FILE", help="write its heat map (.png, .svg or .pdf)")
+
+
+def _train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = _recipe_command(commands, "train", "train and score one method of the recipe with one seed")
+    _resumable(command)
+    command.add_argument("--method", required=True, help="name of a method of the recipe")
+    command.add_argument("--seed", type=int, help="seed of head, data order and dropout (default: the recipe's first)")
+
+
+def _evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = _recipe_command(commands, "evaluate", "score an adapter on the recipe's task, or with lm-eval")
+    command.add_argument("--adapter", required=True, metavar="FOLDER", help="adapter folder")
+    command.add_argument("--split", default="test", help="train, held_out or test (default test)")
+    command.add_argument(
+        "--lm-eval", metavar="TASKS", help="comma-separated lm-eval tasks instead of the recipe's task"
+    )
+    command.add_argument("--include-path", metavar="FOLDER", help="with --lm-eval: folder with task YAML files")
+    command.add_argument("--limit", type=int, help="with --lm-eval: only so many examples per task")
+    command.add_argument("--json", dest="save", metavar="FILE", help="write the scores as JSON")
+
+
+def _inspect(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = commands.add_parser("inspect", help="show the allocation of an adapter, run or JSON file")
+    command.add_argument("path", help="adapter folder, run folder or allocation.json")
+    command.add_argument("--diff", metavar="OTHER", help="show how another allocation differs")
+    command.add_argument("--plot", metavar="FILE", help="write the heat map (.png, .svg or .pdf)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _report(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    command = commands.add_parser("report", help="write report.html of a run folder again, from its results.json")
+    command.add_argument("folder", help="run folder")
+    command.add_argument("--picture", metavar="FILE", help="also write the headline picture (.png, .svg or .pdf)")

@@ -1,0 +1,98 @@
+"""The state of a search as one file: everything that decides the bits of the steps to come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from guilomo.errors import GuilomoError
+from guilomo.search.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
+from guilomo.search.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from guilomo.search.loop import Search
+
+MIXTURE_OPTIONS = (
+    "lora_alpha",
+    "scaling",
+    "lora_dropout",
+    "router",
+    "router_weights",
+    "balance_loss",
+    "balance_coefficient",
+    "balance_over",
+    "balance_reduction",
+    "z_loss_coefficient",
+)
+"""Options of the mixture that change a search; a checkpoint is continued under the same ones only."""
+
+
+def save_search(search: Search, path: Path) -> None:
+    """Writes weights, selection vectors, both optimisers, random numbers and records."""
+    tensors: dict[str, Tensor] = {f"weight.{i}": w for i, w in enumerate(search.weights)}
+    tensors |= {f"selection.{i}": g for i, g in enumerate(search.problem.selection)}
+    tensors |= {f"trajectory.{k}": v for k, v in search.trajectory.tensors().items()}
+    tensors |= optimizer_tensors(search.optimizer, "inner") | optimizer_tensors(search.outer_optimizer, "outer")
+    tensors["rng"] = torch.get_rng_state()
+    if search.device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state(search.device)
+    facts = {
+        "identity": _identity(search),
+        "step": search.step,
+        "seconds": search.seconds,
+        "trajectory": search.trajectory.numbers(),
+        "looks": search.stability.looks,
+        "estimate": search.foretold,
+    }
+    save_state(path, tensors, facts)
+
+
+def resume_search(search: Search, path: Path) -> None:
+    """Puts a search where `save_search` left it.
+
+    Raises:
+        GuilomoError: the file is damaged or of another search.
+    """
+    tensors, facts = load_state(path)
+    _refuse_other_search(path, facts["identity"], _identity(search))
+    with torch.no_grad():
+        for i, w in enumerate(search.weights):
+            w.copy_(tensors[f"weight.{i}"])
+        for i, g in enumerate(search.problem.selection):
+            g.copy_(tensors[f"selection.{i}"])
+    restore_optimizer(search.optimizer, tensors, "inner")
+    restore_optimizer(search.outer_optimizer, tensors, "outer")
+    recorded = {k.removeprefix("trajectory."): v for k, v in tensors.items() if k.startswith("trajectory.")}
+    search.trajectory = Trajectory.restored(facts["trajectory"], recorded)
+    search.step, search.seconds, search.foretold = facts["step"], facts["seconds"], facts["estimate"]
+    search.stability.looks = facts["looks"]
+    torch.set_rng_state(tensors["rng"])
+    if "cuda_rng" in tensors and search.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda_rng"], search.device)
+
+
+def _identity(search: Search) -> dict[str, Any]:
+    """What must agree for a checkpoint to be continued."""
+    options = {name: getattr(search.mixture.options, name) for name in MIXTURE_OPTIONS}
+    return {
+        **search.config.model_dump(mode="json"),
+        **options,
+        "budget": search.budget,
+        "train_rows": len(search.data.train),
+        "held_out_rows": len(search.data.held_out),
+        "trained_parameters": sum(w.numel() for w in search.weights),
+        "modules": search.vectors.names,
+    }
+
+
+def _refuse_other_search(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    different = [k for k in present if saved.get(k) != present[k]]
+    if different:
+        shown = ", ".join(f"{k}: {saved.get(k)!r} then, {present[k]!r} now" for k in different[:4])
+        raise GuilomoError(
+            f"{path} is of a search with other settings ({shown}). Use the same settings to continue it, or another "
+            "output folder to start anew."
+        )
