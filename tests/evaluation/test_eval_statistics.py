@@ -17,6 +17,7 @@ from guilomo.evaluation import (
     holm,
     mcnemar,
     paired_difference,
+    paired_runs,
     t_interval,
     wilson,
 )
@@ -131,3 +132,27 @@ def test_bad_input() -> None:
 
 def test_scores_are_plain_data() -> None:
     assert Score(np.float64(0.5), 0.1, math.inf, 3).to_dict() == {"value": 0.5, "low": 0.1, "high": None, "n": 3}
+
+
+def test_paired_runs_with_one_run_is_the_paired_difference_of_rows() -> None:
+    generator = np.random.default_rng(3)
+    a, b = generator.normal(0.2, 1, (1, 300)), generator.normal(0, 1, (1, 300))
+    runs, rows = paired_runs(a, b), paired_difference(a[0], b[0])
+    assert runs.score.value == pytest.approx(rows.score.value)
+    assert runs.score.low == pytest.approx(rows.score.low, abs=0.02)
+    assert runs.score.high == pytest.approx(rows.score.high, abs=0.02)
+
+
+def test_paired_runs_widens_with_disagreement_between_runs() -> None:
+    generator = np.random.default_rng(4)
+    noise = generator.normal(0, 0.1, (3, 400))
+    steady = paired_runs(noise + 0.1, np.zeros((3, 400)))
+    shaky = paired_runs(noise + np.array([[0.9], [-0.5], [-0.1]]), np.zeros((3, 400)))
+    assert steady.score.value == pytest.approx(shaky.score.value, abs=1e-9)
+    assert shaky.score.high - shaky.score.low > 5 * (steady.score.high - steady.score.low)
+    assert steady.p_value < 0.01 < shaky.p_value
+
+
+def test_paired_runs_refuses_other_shapes() -> None:
+    with pytest.raises(GuilomoError, match=r"runs, rows"):
+        paired_runs(np.zeros((2, 3)), np.zeros((3, 2)))

@@ -11,6 +11,7 @@ from .statistics import (
     holm,
     mcnemar,
     paired_difference,
+    paired_runs,
     t_interval,
     wilson,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "holm",
     "mcnemar",
     "paired_difference",
+    "paired_runs",
     "run_lm_eval",
     "t_interval",
     "wilson",

@@ -8,7 +8,7 @@ import numpy as np
 
 import guilomo
 from guilomo.allocation import Allocation
-from guilomo.evaluation import holm, paired_difference, t_interval
+from guilomo.evaluation import holm, paired_runs, t_interval
 from guilomo.run import environment
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
@@ -123,7 +123,7 @@ def _leading_metric(methods: list[dict[str, Any]]) -> str:
 
 
 def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The searched method against every other: paired per test row, averaged over seeds first; Holm over all."""
+    """The searched method against every other, paired by test row and by seed; Holm over all of them."""
     searched = next((m for m in methods if m["kind"] == "searched" and m["rows"]), None)
     if searched is None:
         return []
@@ -135,7 +135,7 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
             a, b = values(searched["rows"]), values(other["rows"])
             if a is None or b is None:
                 continue
-            difference = paired_difference(a, b, seed=0)
+            difference = paired_runs(a, b)
             score = difference.score
             found.append(
                 {
@@ -146,7 +146,7 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "low": score.low,
                     "high": score.high,
                     "p": difference.p_value,
-                    "test": "paired bootstrap over test rows",
+                    "test": "paired bootstrap over test rows" + (" and seeds" if len(a) > 1 else ""),
                 }
             )
     for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
@@ -155,14 +155,14 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row_losses(rows: list[dict[str, Any]]) -> Any:
-    losses = [np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows]
-    return np.mean(losses, axis=0)
+    """Mean loss per prediction ``(seeds, rows)``."""
+    return np.array([np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows])
 
 
 def _row_hits(rows: list[dict[str, Any]]) -> Any:
     if any(r["correct"] is None for r in rows):
         return None
-    return np.mean([np.array(r["correct"], dtype=float) for r in rows], axis=0)
+    return np.array([r["correct"] for r in rows], dtype=float)
 
 
 def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]], metric: str) -> list[str]:
@@ -184,16 +184,16 @@ def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]], metric: 
     seeds = len(searched["runs"])
     if seeds < 3:
         runs = "one training run" if seeds == 1 else f"{seeds} training runs"
-        out.append(f"Each method has {runs}; intervals cover the choice of test rows, not the luck of training.")
+        out.append(f"Each method has {runs}; that says little about the luck of training: use more seeds.")
     return out
 
 
 def _sentences(label: str, noun: str, better: list[str], worse: list[str], even: list[str]) -> list[str]:
     out = []
     if better:
-        out.append(f"{label} is better in {noun} than {_list(better)}, beyond chance (Holm-corrected p < 0.05).")
+        out.append(f"{label} has better {noun} than {_list(better)} on these test rows (Holm-corrected p < 0.05).")
     if worse:
-        out.append(f"{label} is worse in {noun} than {_list(worse)}, beyond chance (Holm-corrected p < 0.05).")
+        out.append(f"{label} has worse {noun} than {_list(worse)} on these test rows (Holm-corrected p < 0.05).")
     if even:
         out.append(f"In {noun}, these results cannot tell {label} from {_list(even)}.")
     return out
