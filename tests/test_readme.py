@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from benchmarks import recipe_results
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from guilomo.run import load_recipe
@@ -55,3 +56,7 @@ def test_recipes_and_files_that_are_named_exist() -> None:
         load_recipe(ROOT / recipe)
     for target in re.findall(r"\]\((docs/[\w.]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def test_results_page_is_the_one_the_result_files_give() -> None:
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == recipe_results.page()
