@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "results.md"
 
 HEAD = """# Results of the shipped recipes
 
-Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/results/recipes/`, each the `results.json` of
+Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/results/recipes`, each the `results.json` of
 one run. All methods of a run have the same budget of trainable parameters (routers included, task heads not), the same
 rows and the same learning rate; no rate was tuned. These runs show that the recipes work from end to end. They are too
 small, and most have too few seeds, to show which method is better; the plain words under each table say what its
