@@ -177,8 +177,8 @@ def test_differences_show_what_changed(plan: Allocation) -> None:
     assert plan.describe_diff(plan) == "no differences"
     assert [change.module for change in plan.diff(other)] == ["layer.0.key", "layer.1.query", "head"]
     assert plan.describe_diff(other).splitlines() == [
-        "layer.0.key: not adapted -> 8x2 top 2",
-        "layer.1.query: 4x1 top 1 -> absent",
+        "layer.0.key: not adapted -> 2×8 top 2",
+        "layer.1.query: 1×4 top 1 -> absent",
         "head: absent -> not adapted",
     ]
 
@@ -188,7 +188,7 @@ def test_the_table_is_aligned_and_adds_up(plan: Allocation) -> None:
     assert len(lines) == 1 + len(plan.modules) + 1
     assert len({len(line) for line in lines}) == 1
     assert "3,1,2" in lines[1]
-    assert "4x2" in lines[4]
+    assert "2×4" in lines[4]
     assert f"{plan.parameters():,}" in lines[-1]
     assert plan.rows()[2] == {
         "module": "layer.1.query",

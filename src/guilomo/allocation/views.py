@@ -27,7 +27,7 @@ def changes(before: Mapping[str, ModulePlan], after: Mapping[str, ModulePlan]) -
 
 
 def describe_changes(differences: Sequence[ModuleChange]) -> str:
-    """One line per change, such as `layer.0.query: 8x4 top 2 -> 4x2 top 2`."""
+    """One line per change, such as `layer.0.query: 4×8 top 2 -> 2×4 top 2`."""
     if not differences:
         return "no differences"
     return "\n".join(f"{name}: {_brief(before)} -> {_brief(after)}" for name, before, after in differences)
@@ -40,10 +40,10 @@ def _brief(plan: ModulePlan | None) -> str:
 
 
 def abbreviate(ranks: Sequence[int]) -> str:
-    """`8x4` for four experts of rank 8, `3,1,2` for mixed ranks, `-` for none."""
+    """`4×8` for four experts of rank 8, `3,1,2` for mixed ranks, `-` for none."""
     if not ranks:
         return "-"
-    return f"{ranks[0]}x{len(ranks)}" if len(set(ranks)) == 1 else ",".join(map(str, ranks))
+    return f"{len(ranks)}×{ranks[0]}" if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
 
 def module_rows(modules: Mapping[str, ModulePlan], router: RouterCost) -> list[dict[str, Any]]:
