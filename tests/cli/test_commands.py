@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +153,7 @@ def test_inspect(finished: tuple[str, Path], tmp_path: Path, kind: str, capsys: 
 
 def test_inspect_shows_differences(finished: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished[1]
-    assert main(["inspect", str(folder), "--diff", str(folder / "methods" / "lora")]) == 0
+    assert main(["inspect", str(folder), "--diff", str(folder / "methods" / "lora" / "seed-0")]) == 0
     assert "bert.pooler.dense" in capsys.readouterr().out
     assert main(["inspect", str(folder), "--diff", str(folder)]) == 0
     assert "no difference" in capsys.readouterr().out
@@ -181,6 +183,7 @@ def test_report(finished: tuple[str, Path], tmp_path: Path, capsys: pytest.Captu
             ["evaluate", "RECIPE", "--adapter", "ADAPTER", "--set", "model.path=LLAMA"],
             "one of the model's 15 linear",
         ),
+        (["evaluate", "RECIPE", "--adapter", "ADAPTER", "--lm-eval", "x"], "lm-eval scores language models"),
         (["inspect", "nowhere"], "an adapter folder, a run folder"),
         (["inspect", "RECIPE"], "not a JSON object"),
         (["inspect", "LORA"], "is a LORA adapter"),
@@ -215,6 +218,57 @@ def test_mistakes_return_2_and_say_what_to_change(
     assert "Traceback" not in printed
 
 
+BROKEN: dict[str, tuple[str, bytes | None, str]] = {
+    "no JSON": ("adapter_config.json", b'{"peft_type": ', "adapter_config.json is not readable as JSON"),
+    "a list": ("adapter_config.json", b"[]", "adapter_config.json holds a list"),
+    "strange method": ("adapter_config.json", b'{"peft_type": "MOLORRA"}', "Did you mean 'MOLORA'"),
+    "strange plan": ("adapter_config.json", b'{"peft_type": "MOLORA", "allocation": 3}', "adapter_config.json"),
+    "no weights": ("adapter_model.safetensors", None, "adapter_model.safetensors is missing"),
+    "damaged weights": ("adapter_model.safetensors", b"nothing at all", "adapter_model.safetensors is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_a_broken_adapter_says_which_file(
+    finished: tuple[str, Path], tmp_path: Path, command: str, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, says = BROKEN[case]
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished[1] / "methods" / "guilomo" / "seed-0" / "adapter", folder)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    if command == "inspect" and "weights" in case:
+        assert main(["inspect", str(folder)]) == 0  # the allocation lies in the configuration
+        return
+    arguments = [str(folder)] if command == "inspect" else [finished[0], "--adapter", str(folder), "--quiet"]
+    assert main([command, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_a_report_of_something_else_is_refused(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "a mapping with the key 'schema'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_texts_that_were_cut_are_counted(path: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["task.max_length=8", "methods=[lora]", "train.max_steps=1"]
+    assert main(["run", path, "--quiet", *more, *(part for c in changes for part in ("--set", c))]) == 0
+    assert re.search(r"[1-9]\d* texts were cut at task\.max_length = 8", capsys.readouterr().out)
+
+
+def test_nothing_cut_is_not_mentioned(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", path, "--dry-run", "--quiet"]) == 0
+    assert "cut at" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "x.yaml"], ["run", "--nosuch"]])
 def test_bad_arguments_return_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -236,6 +290,14 @@ def test_help_lists_every_key_with_its_default(command: str, capsys: pytest.Capt
         assert text
     assert "search.steps  [300]" in printed
     assert "methods  [guilomo, lora, uniform, random]" in printed
+
+
+def test_help_explains_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for code in ("0 done", "1 an unexpected failure: a bug, please report it", "2 bad arguments", "130 stopped"):
+        assert code in printed
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

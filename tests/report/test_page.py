@@ -79,12 +79,12 @@ def test_pictures_follow_the_colour_scheme(page: str) -> None:
 
 
 def test_render_is_reproducible() -> None:
-    results = {"methods": [synthetic.method("lora")]}
+    results = {"schema": 1, "methods": [synthetic.method("lora")]}
     assert render(results) == render(results)
 
 
 def test_empty_results_say_what_is_missing() -> None:
-    page = render({})
+    page = render({"schema": 1})
     assert "Unnamed run" in page
     assert page.count('class="absent"') >= 8
     assert "<svg" not in page
@@ -100,7 +100,7 @@ def test_run_interrupted_after_the_search() -> None:
 
 def test_allocation_only() -> None:
     entry = {"name": "mine", "allocation": synthetic.plan("guilomo").to_dict()}
-    page = render({"name": "by hand", "methods": [entry]})
+    page = render({"schema": 1, "name": "by hand", "methods": [entry]})
     assert "Total rank per module of mine" in page
     assert "made no search" in page
 
@@ -145,9 +145,15 @@ def test_unknown_schema_is_refused() -> None:
         render({"schema": 99})
 
 
+@pytest.mark.parametrize("content", [[], {}, {"name": "x"}, None])
+def test_what_is_not_the_results_of_a_run_is_refused(content: Any) -> None:
+    with pytest.raises(GuilomoError, match="a mapping with the key 'schema'"):
+        render(content)
+
+
 def test_write_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "run" / "report.html"
-    write_report({"name": "first"}, target)
+    write_report({"schema": 1, "name": "first"}, target)
     assert stat.S_IMODE(target.stat().st_mode) & stat.S_IRUSR
 
     def fail(source: Any, target: Any) -> None:
@@ -155,6 +161,6 @@ def test_write_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk gone"):
-        write_report({"name": "second"}, target)
+        write_report({"schema": 1, "name": "second"}, target)
     assert "first" in target.read_text(encoding="utf-8")
     assert list(target.parent.iterdir()) == [target]

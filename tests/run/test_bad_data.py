@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from guilomo.cli import main
 from guilomo.errors import GuilomoError
@@ -47,6 +50,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no target": ({"mixture": {"target_modules": ["qeury"]}}, "query"),
     "no model": ({"model": {"path": "/nowhere/model"}}, r"model\.path = '/nowhere/model' cannot be loaded"),
     "no device": ({"model": {"device": "cuda:77"}}, r"model\.device = 'cuda:77'"),
+    "no such kind of device": ({"model": {"device": "meta"}}, r"model\.device = 'meta'"),
+    "options of another type": (
+        {"methods": [{"name": "mola", "options": {"groups": 7}}]},
+        r"'mola' cannot use its options .*groups=7",
+    ),
+    "rules without names": ({"methods": [{"name": "rules", "options": {"rules": [1]}}]}, "'rules' cannot use its opt"),
+    "alphas as a number": ({"methods": [{"name": "alphalora", "options": {"alphas": 3}}]}, "alphas=3"),
     "strange device": ({"model": {"device": "tpv"}}, r"model\.device = 'tpv'"),
     "unknown option": ({"methods": [{"name": "mola", "options": {"group": [2]}}]}, "Did you mean 'groups'"),
     "text for classes": ({"task": {"kind": "lm", "source": "docstrings"}}, "a text for kind 'lm'"),
@@ -69,6 +79,92 @@ def test_a_model_folder_without_a_tokenizer(colour_recipe: Any, tmp_path: Path, 
         (bare / name).write_bytes((bert_folder / name).read_bytes())
     with pytest.raises(GuilomoError, match=r"model\.path"):
         run_of(colour_recipe(model={"path": str(bare)})).all()
+
+
+@pytest.mark.parametrize("kind", ["lm", "causal_lm"])
+def test_an_encoder_is_no_language_model(text_recipe: Any, bert_folder: Path, kind: str) -> None:
+    with pytest.raises(GuilomoError, match=r"is an encoder .*use task\.kind: classification, or a decoder model"):
+        run_of(text_recipe(kind, model={"path": str(bert_folder)})).fresh_model(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_is_one(text_recipe: Any, dtype: str) -> None:
+    assert run_of(text_recipe("lm", model={"dtype": dtype})).facts
+
+
+def test_a_second_gpu_must_exist(colour_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(GuilomoError, match=r"model\.device = 'cuda:1'"):
+        run_of(colour_recipe(model={"device": "cuda:1"})).fresh_model(0)
+
+
+def _long(split: str) -> list[dict[str, Any]]:
+    return [{**row, "input": row["input"] + " very" * 90} for row in colour_rows(12, split)]
+
+
+def test_rows_longer_than_the_models_positions(colour_recipe: Any, tmp_path: Path) -> None:
+    files = {"source": str(write_rows(tmp_path / "long.jsonl", _long("train"))), "test_source": None}
+    files["test_source"] = str(write_rows(tmp_path / "test.jsonl", _long("test")))
+    says = r"task\.max_length = 200 is above the model's 64 positions and rows of that length exist.*at most 64"
+    with pytest.raises(GuilomoError, match=says):
+        run_of(colour_recipe(task={**files, "max_length": 200})).fresh_model(0)
+    assert run_of(colour_recipe(task={**files, "max_length": 64})).facts
+    assert run_of(colour_recipe(task={"max_length": 200})).facts  # the rows themselves are short
+
+
+def test_roberta_has_fewer_positions_than_its_table(colour_recipe: Any, tmp_path: Path, bert_folder: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = RobertaConfig(**sizes, vocab_size=320, max_position_embeddings=66, pad_token_id=1)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    for file in bert_folder.glob("tokenizer*"):
+        (tmp_path / "roberta" / file.name).write_bytes(file.read_bytes())
+    source = str(write_rows(tmp_path / "long.jsonl", _long("train")))
+    changes = {"model": {"path": str(tmp_path / "roberta")}, "task": {"source": source, "max_length": 66}}
+    with pytest.raises(GuilomoError, match="above the model's 64 positions"):
+        run_of(colour_recipe(**changes)).fresh_model(0)
+
+
+def _with_head(bert_folder: Path, folder: Path, labels: int) -> Path:
+    """The encoder with a trained head of so many labels."""
+    model = BertForSequenceClassification.from_pretrained(bert_folder, num_labels=labels, ignore_mismatched_sizes=True)
+    model.classifier.weight.data.fill_(7.0)
+    model.save_pretrained(folder)
+    for file in bert_folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_the_head_of_a_checkpoint_is_drawn_anew(
+    colour_recipe: Any, bert_folder: Path, tmp_path: Path, labels: int
+) -> None:
+    folder = _with_head(bert_folder, tmp_path / "headed", labels)
+    job = run_of(colour_recipe(model={"path": str(folder)}, methods=["lora"]))
+    heads: list[Any] = [job.fresh_model(seed).get_parameter("classifier.weight") for seed in (0, 0, 1)]
+    assert heads[0].shape == (2, 32)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert heads[0].abs().max() < 2
+    body = "bert.encoder.layer.0.output.dense.weight"
+    loaded = BertForSequenceClassification.from_pretrained(folder).get_parameter(body)
+    assert torch.equal(job.fresh_model(0).get_parameter(body), loaded)
+
+
+def test_a_body_of_other_shapes_is_refused(colour_recipe: Any, bert_folder: Path, tmp_path: Path) -> None:
+    """Loading would otherwise draw it at random."""
+    folder = _with_head(bert_folder, tmp_path / "other", 2)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "intermediate_size": 40}))
+    with pytest.raises(GuilomoError, match=r"model\.path = .*weights of other shapes.*intermediate"):
+        run_of(colour_recipe(model={"path": str(folder)})).fresh_model(0)
+
+
+def test_damaged_weights_of_the_model(colour_recipe: Any, bert_folder: Path, tmp_path: Path) -> None:
+    folder = _with_head(bert_folder, tmp_path / "damaged", 2)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(GuilomoError, match=r"model\.path = .* cannot be loaded"):
+        run_of(colour_recipe(model={"path": str(folder)})).fresh_model(0)
 
 
 def test_a_training_that_diverges_stops_at_once(colour_recipe: Any) -> None:

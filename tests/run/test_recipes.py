@@ -83,7 +83,11 @@ def test_overrides(tmp_path: Path, overrides: list[str], read: Any) -> None:
         ("methods=[lora, lora]", "same name"),
         ("search.top_k=3", "contradicts mixture.top_k = 2"),
         ("mixture.top_k=9", "max_experts = 4 is below top_k = 9"),
-        ("evaluation.metric=acuracy", "'accuracy'"),
+        ("evaluation.metric=acuracy", "Did you mean 'accuracy'"),
+        ("task.kind=clasification", "Did you mean 'classification'"),
+        ("mixture.router=topkk", "Did you mean 'topk'"),
+        ("evaluation.metric=perplexity", "does not fit task.kind = 'classification'"),
+        ("evaluation.metric=exact_match", "does not fit task.kind = 'classification'"),
         ("evaluation.generate=true", "contradicts task.kind = 'classification'"),
         ("search.warmup_steps=900", "Lower warmup_steps"),
     ],
@@ -94,6 +98,19 @@ def test_bad_overrides_say_what_is_wrong(tmp_path: Path, override: str, says: st
         load_recipe(write_recipe(tmp_path / "r.yaml", content), [override])
     assert says in str(caught.value)
     assert "str is not" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "exact_match"])
+def test_plain_text_has_no_right_answers(metric: str) -> None:
+    with pytest.raises(GuilomoError, match=r"does not fit task\.kind = 'lm': expected one of loss, perplexity"):
+        load_recipe(None, ["task.kind=lm", f"evaluation.metric={metric}"])
+
+
+def test_exact_match_needs_generated_answers() -> None:
+    overrides = ["task.kind=causal_lm", "evaluation.metric=exact_match"]
+    with pytest.raises(GuilomoError, match=r"Set evaluation\.generate to true"):
+        load_recipe(None, overrides)
+    assert load_recipe(None, [*overrides, "evaluation.generate=true"])
 
 
 def test_all_problems_are_listed_with_the_file(tmp_path: Path) -> None:

@@ -138,6 +138,26 @@ def test_data_that_changed_are_noticed(colour_recipe: Any, tmp_path: Path) -> No
         run_of(colour_recipe(methods=["lora"], task={"source": str(source)})).all()
 
 
+@pytest.mark.parametrize("stop", [None, ("search", 5), ("lora seed 0", 3)])
+def test_nothing_is_continued_on_other_rows(colour_recipe: Any, tmp_path: Path, stop: tuple[str, int] | None) -> None:
+    """A finished search, a stopped search and a stopped training all belong to the rows they saw."""
+    source = tmp_path / "data"
+    source.mkdir()
+    original = Path(colour_recipe()["task"]["source"])
+    for name in ("colours.train.jsonl", "colours.test.jsonl"):
+        (source / name).write_text((original / name).read_text())
+    methods = ["lora"] if stop and stop[0] != "search" else ["guilomo"]
+    content = colour_recipe(methods=methods, task={"source": str(source)})
+    if stop is None:
+        run_of(content).search()
+    else:
+        stopped(content, *stop)
+    train = source / "colours.train.jsonl"
+    train.write_text(train.read_text().replace("the train thing", "a train thing"))
+    with pytest.raises(GuilomoError, match=r"have changed since|data_hash"):
+        run_of(content).all()
+
+
 def test_a_damaged_result_says_what_to_do(colour_recipe: Any) -> None:
     job = run_of(colour_recipe(methods=["lora"]))
     job.all()

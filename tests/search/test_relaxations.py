@@ -96,7 +96,7 @@ def test_prefix_experts_keep_at_least_so_many() -> None:
 
 
 def _by_hand(g: list[float], upstream: list[float], leak: float, least: int) -> Tensor:
-    """The rule of the dossier's section 2.3, entry by entry."""
+    """The straight-through rule of the released code, entry by entry."""
     h = [float(torch.tensor(v, dtype=torch.float64).sigmoid()) for v in g]
     chosen = max(g.index(max(g)), least - 1)
     out = []
@@ -123,7 +123,7 @@ def test_prefix_straight_through_rule(row: int) -> None:
 
 @pytest.mark.parametrize("top_k", [2, 3])
 def test_the_expert_signal_of_prefix_is_structurally_nil(top_k: int) -> None:
-    """A common shift of all kept logits changes neither softmax nor top-k (dossier, section 2.3, item 1)."""
+    """A common shift of all kept logits changes neither softmax nor top-k."""
     g = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.0], dtype=torch.float64)
     logits = torch.randn(40, 5, dtype=torch.float64)
     values = torch.randn(40, 5, dtype=torch.float64)

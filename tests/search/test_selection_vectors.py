@@ -64,7 +64,7 @@ def test_prefix_starts_at_the_counts_nearest_the_budget() -> None:
     experts, ranks = vectors.expected()
     assert torch.equal(experts, torch.full((3,), 5.0))
     assert torch.equal(ranks, torch.full((3, 8), 5.0))
-    # The discretised bell of the dossier's section 2.1.
+    # The discretised bell that the released code starts from.
     place = torch.arange(8, dtype=torch.float32)
     bell = torch.exp(-0.5 * ((place - 4) / (8 / 6)) ** 2).softmax(-1)
     assert torch.allclose(vectors.experts[1], bell)

@@ -152,8 +152,10 @@ def test_documents_are_joined_by_the_start_or_the_end_token(bpe: Any, bare_bpe: 
 
 def test_too_little_text(tmp_path: Path, bpe: Any) -> None:
     (tmp_path / "tiny.txt").write_text("The cat")
-    with pytest.raises(GuilomoError, match="1 row"):
-        build_task(TaskConfig(kind="lm", source=str(tmp_path / "tiny.txt")), bpe)
+    for held_out_fraction in (0.25, 0.0):
+        config = TaskConfig(kind="lm", source=str(tmp_path / "tiny.txt"), held_out_fraction=held_out_fraction)
+        with pytest.raises(GuilomoError, match=r"1 row.*too little text: shorten max_length = 256 or add text"):
+            build_task(config, bpe)
 
 
 def test_a_task_needs_shared_classes_and_two_of_them(

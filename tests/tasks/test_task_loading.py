@@ -54,6 +54,37 @@ def test_held_out_rows_come_from_train_stratified_and_seeded(toy_folder: Path) -
     assert other["test"] == splits["test"]
 
 
+@pytest.mark.parametrize("form", ["schema", "columns"])
+def test_labels_written_as_floats_are_indices(write_jsonl: Callable[..., Path], rows_of: Makers, form: str) -> None:
+    """As pandas writes a column of integers that once had an empty cell."""
+    rows = [rows_of["cls"](index) for index in range(20)]
+    if form == "columns":
+        rows = [{"text": row["input"], "label": row["label"]} for row in rows]
+    found = []
+    for name, kind in (("whole", int), ("float", float)):
+        path = write_jsonl(f"{name}.jsonl", [{**row, "label": kind(row["label"])} for row in rows])
+        column = "text" if form == "columns" else None
+        splits = load_examples(TaskConfig(source=str(path), text_column=column, name="x"))
+        found.append([(row.label, row.choices, row.answer) for row in splits["train"]])
+    assert found[0] == found[1]
+    assert type(found[1][0][0]) is int
+
+
+def test_a_label_between_two_classes_is_refused(write_jsonl: Callable[..., Path], rows_of: Makers) -> None:
+    half = [rows_of["cls"](index, label=0.5) for index in range(4)]
+    with pytest.raises(GuilomoError, match=r"label = 0\.5"):
+        load_examples(TaskConfig(source=str(write_jsonl("a.jsonl", half))))
+    with pytest.raises(GuilomoError, match=r"label = 0\.5"):
+        load_examples(TaskConfig(source=str(write_jsonl("b.jsonl", half)), text_column="input"))
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal_lm"])
+def test_an_empty_file_of_columns_says_what_to_check(write_jsonl: Callable[..., Path], kind: str) -> None:
+    config = TaskConfig(kind=kind, source=str(write_jsonl("none.jsonl", [])), text_column="text")  # type: ignore[arg-type]
+    with pytest.raises(GuilomoError, match=r"none\.jsonl holds no rows: .*Check the path and the file's content"):
+        load_examples(config)
+
+
 def test_caps_keep_the_classes_balanced(toy_folder: Path) -> None:
     splits = load_examples(TaskConfig(source=str(toy_folder), name="toy", train_size=8, test_size=4))
     assert (len(splits["train"]), len(splits["held_out"]), len(splits["test"])) == (6, 2, 4)

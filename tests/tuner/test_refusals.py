@@ -48,7 +48,6 @@ def test_config(options: dict[str, Any], message: str) -> None:
         ({"rank_pattern": {"query": 4}}, r"rank_pattern = 'query'.*q_proj"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern for model\.layers\.0\.self_attn\.q_proj = 0"),
         ({"rank_pattern": {"q_proj": [2, 0]}}, r"rank_pattern for .*q_proj = \[2, 0\]"),
-        ({"balance_over": "layer", "rank_pattern": {"q_proj": [2, 2]}}, r"balance_over = 'layer'.*\[2, 3\].*'module'"),
         ({"router": "fixed", "router_weights": [0.5, 0.5]}, r"router_weights = \[0\.5, 0\.5\].*3 positive"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from guilomo.allocation.plan import Allocation
 from guilomo.allocation.rules import rules
 from guilomo.allocation.spectral import alphalora
 from guilomo.allocation.uniform import lora, uniform
-from guilomo.errors import invalid, unknown
+from guilomo.errors import GuilomoError, invalid, unknown
 
 STRATEGIES: Mapping[str, Callable[..., Allocation]] = {
     "uniform": uniform,
@@ -50,7 +51,8 @@ def make(name: str, shapes: Shapes, **options: Any) -> Allocation:
     """Calls the strategy `name` with `options`.
 
     Raises:
-        GuilomoError: an unknown strategy or option (the nearest is proposed), a missing one, or as the strategy.
+        GuilomoError: an unknown strategy or option (the nearest is proposed), a missing one, one of a type that the
+            strategy cannot use, or as the strategy.
     """
     accepted = strategy_options(name)
     for option in options:
@@ -59,4 +61,18 @@ def make(name: str, shapes: Shapes, **options: Any) -> Allocation:
     for option, value in accepted.items():
         if value is inspect.Parameter.empty and option not in options:
             raise invalid(f"option {option!r} of strategy {name!r}", None, "a value", f"Give {option}=...")
-    return STRATEGIES[name](shapes=shapes, **options)
+    try:
+        return STRATEGIES[name](shapes=shapes, **options)
+    except GuilomoError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:
+        raise GuilomoError(
+            f"strategy {name!r} cannot use its options {_shown(options)}: {error}. "
+            f"Check their types; the options are {', '.join(sorted(accepted))}."
+        ) from error
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    """The options a user can have written; not the routers and weights that come from the program."""
+    plain = {key: value for key, value in options.items() if key != "weights" and not callable(value)}
+    return ", ".join(f"{key}={reprlib.repr(value)}" for key, value in plain.items()) or "(none given)"

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
-from torch import nn
 
 from guilomo.allocation import Allocation, RouterCost, linear_router
 from guilomo.allocation.registry import STRATEGIES
+from guilomo.cli.adapters import adapter_config, adapter_folder, load_adapter
 from guilomo.cli.progress import shown_progress, stop_on_signal
 from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.evaluation import evaluate as score
@@ -26,7 +25,7 @@ from guilomo.layers.routers import cost_of_router
 from guilomo.report import allocation_table, comparison_table, plot_allocation, plot_headline, save_figure, write_report
 from guilomo.run import Run, load_recipe
 from guilomo.run.config import MethodConfig, RunConfig
-from guilomo.run.dry import dry_run
+from guilomo.run.dry import cut_texts, dry_run
 from guilomo.run.files import read_json, write_json
 from guilomo.run.methods import model_shapes, plan_method, resolve_budget
 from guilomo.run.model import load_model, model_path
@@ -63,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     with _prepared(arguments) as job:
         results = job.all()
     _show(results, job.config.folder)
+    if cut := cut_texts(job.task):
+        console.print(f"{cut}.", highlight=False, markup=False)
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
@@ -172,13 +173,15 @@ def _scores(metrics: dict[str, dict[str, Any]]) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     config = load_recipe(arguments.recipe, arguments.overrides)
-    adapter = _adapter_folder(arguments.adapter)
+    if arguments.lm_eval:
+        _refuse_classifier(config)
+    adapter = adapter_folder(arguments.adapter)
     if arguments.lm_eval:
         content = _harness(arguments, config, adapter)
         console.print_json(json.dumps(content, default=str))
     else:
         with _prepared(arguments, resumable=False) as job:
-            model = _adapted(load_model(config.model, job.task, config.seeds[0]), adapter)
+            model = load_adapter(load_model(config.model, job.task, config.seeds[0]), adapter)
             options = config.evaluation
             result = score(
                 model,
@@ -192,6 +195,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _scores(content["metrics"])
     if arguments.save:
         write_json(Path(arguments.save), content)
+
+
+def _refuse_classifier(config: RunConfig) -> None:
+    """lm-eval asks for the likelihood of texts, which a classifier does not give."""
+    if config.task.kind == "classification":
+        raise GuilomoError(
+            "--lm-eval contradicts task.kind = 'classification': lm-eval scores language models. Give the recipe of a "
+            "causal_lm or lm run, or leave --lm-eval out to score the recipe's own task."
+        )
 
 
 def _harness(arguments: argparse.Namespace, config: RunConfig, adapter: Path) -> dict[str, Any]:
@@ -209,26 +221,6 @@ def _harness(arguments: argparse.Namespace, config: RunConfig, adapter: Path) ->
         **where,
     )
     return {name: found[name] for name in ("results", "n-samples", "versions") if name in found}
-
-
-def _adapted(model: nn.Module, adapter: Path) -> PeftModel:
-    """The model with an adapter from a folder."""
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, GuilomoError):
-            raise
-        raise GuilomoError(
-            f"--adapter = {str(adapter)!r} does not fit the recipe's model and task: {str(error).splitlines()[0]} "
-            "Give the recipe that the adapter was trained with."
-        ) from error
-
-
-def _adapter_folder(text: str) -> Path:
-    folder = Path(text)
-    if not (folder / "adapter_config.json").is_file():
-        raise invalid("--adapter", text, "a folder with adapter_config.json", "guilomo train prints such a folder.")
-    return folder
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -249,7 +241,7 @@ def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
     A plan alone does not say which router it is for; the linear one is assumed.
     """
     if (path / "adapter_config.json").is_file():
-        config = PeftConfig.from_pretrained(str(path))
+        config = adapter_config(path)
         if not isinstance(config, LoraMoeConfig) or config.plan is None:
             raise GuilomoError(
                 f"{path} is a {str(config.peft_type).rpartition('.')[2]} adapter; only mixtures carry an allocation."

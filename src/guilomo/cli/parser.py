@@ -10,7 +10,8 @@ from guilomo.cli.options import describe_options
 
 RECIPE_HELP = "YAML file; see recipes/. Without one, defaults (the packaged demo task and model)"
 
-EPILOG = """exit codes: 0 done; 2 bad arguments, recipe or data (the message says what to change);
+EPILOG = """exit codes: 0 done; 1 an unexpected failure: a bug, please report it;
+2 bad arguments, recipe or data (the message says what to change);
 130 stopped by Ctrl-C after saving (continue with --resume)."""
 
 

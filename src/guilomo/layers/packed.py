@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from guilomo.layers.split import linear_of_training_rows, scale_by_held_out_rows
 
 
 class ExpertLayout(nn.Module):
@@ -52,19 +53,32 @@ class ExpertLayout(nn.Module):
         return len(self._ranks)
 
 
-def packed_delta(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, spread: Tensor) -> Tensor:
+def packed_delta(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor | None,
+    spread: Tensor,
+    rank_mask: Tensor | None = None,
+    training_rows: int | None = None,
+) -> Tensor:
     """The mixture's contribution, to be added to ``W0 x``.
 
     Args:
         x: ``(..., I)`` input of the adapted linear.
         a: ``(R, I)`` packed down-projections.
         b: ``(O, R)`` packed up-projections.
-        weights: ``(..., E)`` routing weights.
+        weights: ``(..., E)`` routing weights; None for a single expert, whose weight is 1.
         spread: ``(E, R)`` see `ExpertLayout`.
+        rank_mask: ``(R,)`` multiplies the rank rows, in a search.
+        training_rows: in a split batch, how many leading rows feed `a` and `b`; the others feed `rank_mask`.
 
     Returns:
         ``(..., O)`` in the dtype of `x`.
     """
-    hidden = F.linear(x, a)
-    gate = weights @ spread.to(weights.dtype)
-    return F.linear(hidden * gate.to(hidden.dtype), b)
+    hidden = linear_of_training_rows(x, a, training_rows)
+    gate = spread.sum(0) if weights is None else weights @ spread.to(weights.dtype)
+    hidden = hidden * gate.to(hidden.dtype)
+    if rank_mask is not None:
+        hidden = scale_by_held_out_rows(hidden, rank_mask.to(hidden.dtype), training_rows)
+    return linear_of_training_rows(hidden, b, training_rows)

@@ -63,7 +63,7 @@ class Router(nn.Module):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype routers compute in: float32, or float64 when the input is.
 
-    bfloat16 logits change the chosen experts of about 0.2 % of the tokens (``docs/design.md``), and one changed
-    expert dominates the error of its token.
+    Rounding logits to half precision changes the chosen experts of some tokens, and one changed expert dominates the
+    error of its token.
     """
     return torch.promote_types(dtype, torch.float32)

@@ -5,7 +5,7 @@ splits exactly by rows. Where a weight is used, only the first `n` rows may feed
 only the others may. The result equals two separate passes (arXiv 2506.14646's first-order bilevel step at the price of
 one plain step; the construction is ours).
 
-Tensors have the batch in front; ``n`` counts rows of the leading dimension.
+Tensors have the batch in front; ``n`` counts rows of the leading dimension. Without ``n`` the batch is an ordinary one.
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ class _SplitLinear(torch.autograd.Function):
         return dx, dw, None
 
 
-def linear_of_training_rows(x: Tensor, weight: Tensor, n: int) -> Tensor:
+def linear_of_training_rows(x: Tensor, weight: Tensor, n: int | None) -> Tensor:
     """``x W^T`` whose weight gradient comes from the first `n` rows only; ``x (N, ..., I)``, ``weight (O, I)``."""
+    if n is None:
+        return F.linear(x, weight)
     out: Tensor = _SplitLinear.apply(x, weight, n)
     return out
 
 
-def scale_by_held_out_rows(x: Tensor, mask: Tensor, n: int) -> Tensor:
+def scale_by_held_out_rows(x: Tensor, mask: Tensor, n: int | None) -> Tensor:
     """``x * mask`` whose mask gradient comes from the rows after the first `n` only."""
+    if n is None:
+        return x * mask
     return torch.cat([x[:n] * mask.detach(), x[n:] * mask])
 
 
-def shift_by_held_out_rows(x: Tensor, offset: Tensor, n: int) -> Tensor:
+def shift_by_held_out_rows(x: Tensor, offset: Tensor, n: int | None) -> Tensor:
     """``x + offset`` whose offset gradient comes from the rows after the first `n` only."""
+    if n is None:
+        return x + offset
     return torch.cat([x[:n] + offset.detach(), x[n:] + offset])

@@ -32,8 +32,12 @@ class Estimate:
 
 
 def check_schema(results: Results) -> None:
-    """Refuses results written by a version whose layout this one does not know."""
-    schema = results.get("schema", SCHEMA)
+    """Refuses what is not the results of a run, and results of a version whose layout this one does not know."""
+    if not isinstance(results, Mapping) or "schema" not in results:
+        found = sorted(results) if isinstance(results, Mapping) else type(results).__name__
+        remedy = "Give the results.json that guilomo run wrote, or run again with --resume to have it made again."
+        raise invalid("results", found, "a mapping with the key 'schema'", remedy)
+    schema = results["schema"]
     if schema != SCHEMA:
         raise invalid("results.schema", schema, str(SCHEMA), "Use the guilomo version that wrote the file.")
 

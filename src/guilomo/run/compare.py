@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import guilomo
 from guilomo.allocation import Allocation
-from guilomo.evaluation import holm, paired_runs, t_interval
+from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
 
 SCHEMA = 1
+BOUNDS = {
+    **dict.fromkeys(("accuracy", "accuracy_per_character", "exact_match", "f1"), (0.0, 1.0)),
+    "matthews": (-1.0, 1.0),
+    "loss": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+}
+"""Ends of the scales that intervals over few seeds could leave."""
 KINDS = {SEARCHED: "searched", PLAIN_LORA: "baseline"}
 
 
@@ -76,10 +85,12 @@ def _seconds(run: Run, methods: list[dict[str, Any]], searched: bool) -> dict[st
 def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     """One row: plan, costs, runs; None before its plan is known."""
     folder = run.config.folder / "methods" / method.name
-    planned = run.config.folder / "search" if method.strategy == SEARCHED else folder
-    if not (planned / "allocation.json").exists():
+    places = [folder / f"seed-{seed}" for seed in run.config.seeds]
+    if method.strategy == SEARCHED:
+        places = [run.config.folder / "search"]
+    plans = [Allocation.load(p / "allocation.json") for p in places if (p / "allocation.json").exists()]
+    if not plans:
         return None
-    plan = Allocation.load(planned / "allocation.json")
     found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
     full = [read_json(path) for path in found if path.exists()]
     runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
@@ -87,10 +98,10 @@ def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
         "name": method.name,
         "label": method.label,
         "kind": KINDS.get(method.strategy, "control"),
-        "allocation": plan.to_dict(),
-        "parameters": plan.parameters(run.router_cost),
-        "active_parameters": plan.active_parameters(run.router_cost),
-        "flops_per_token": plan.flops_per_token(run.router_cost),
+        "allocation": plans[0].to_dict(),
+        "parameters": max(plan.parameters(run.router_cost) for plan in plans),
+        "active_parameters": mean(plan.active_parameters(run.router_cost) for plan in plans),
+        "flops_per_token": mean(plan.flops_per_token(run.router_cost) for plan in plans),
         "runs": runs,
         "summary": _summary(runs),
         "rows": [r["rows"] for r in full],
@@ -98,23 +109,30 @@ def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of every metric over seeds. With one seed the interval is that of the test rows."""
+    """Mean of every metric over seeds, with an interval for the choice of test rows and the luck of training."""
     out: dict[str, Any] = {}
     for name in runs[0]["metrics"] if runs else ():
-        if len(runs) == 1:
-            only = runs[0]["metrics"][name]
-            out[name] = {"mean": only["value"], "low": only["low"], "high": only["high"], "seeds": 1}
-        else:
-            values = [r["metrics"][name]["value"] for r in runs]
-            # A value that is not finite is written as null, and so is a mean that rests on one.
-            found = {} if None in values else t_interval(values).to_dict()
-            out[name] = {
-                "mean": found.get("value"),
-                "low": found.get("low"),
-                "high": found.get("high"),
-                "seeds": len(runs),
-            }
+        scores = [r["metrics"][name] for r in runs]
+        low, high = _interval(scores, *BOUNDS.get(name, (-math.inf, math.inf)))
+        # A value that is not finite is written as null, and so is a mean that rests on one.
+        known = all(score["value"] is not None for score in scores)
+        centre = mean(score["value"] for score in scores) if known else None
+        out[name] = {"mean": centre, "low": low, "high": high, "seeds": len(runs), "n": scores[0]["n"]}
     return out
+
+
+def _interval(scores: list[dict[str, Any]], least: float, most: float) -> tuple[float | None, float | None]:
+    """Half-widths of two sources, added in quadrature: test rows (shared by all seeds) and seeds (Student's t)."""
+    if any(score[key] is None for score in scores for key in ("value", "low", "high")):
+        return None, None
+    if len(scores) == 1:
+        return scores[0]["low"], scores[0]["high"]
+    over_seeds = t_interval([score["value"] for score in scores])
+    luck = over_seeds.high - over_seeds.value
+    below = mean(score["value"] - score["low"] for score in scores)
+    above = mean(score["high"] - score["value"] for score in scores)
+    centre = over_seeds.value
+    return max(least, centre - math.hypot(luck, below)), min(most, centre + math.hypot(luck, above))
 
 
 def _leading_metric(methods: list[dict[str, Any]]) -> str:
@@ -135,23 +153,20 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
             a, b = values(searched["rows"]), values(other["rows"])
             if a is None or b is None:
                 continue
-            difference = paired_runs(a, b)
-            score = difference.score
-            found.append(
-                {
-                    "a": searched["name"],
-                    "b": other["name"],
-                    "metric": metric,
-                    "difference": score.value,
-                    "low": score.low,
-                    "high": score.high,
-                    "p": difference.p_value,
-                    "test": "paired bootstrap over test rows" + (" and seeds" if len(a) > 1 else ""),
-                }
-            )
+            found.append({"a": searched["name"], "b": other["name"], "metric": metric, **_paired_test(a, b, metric)})
     for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
         test["p_corrected"] = corrected
     return found
+
+
+def _paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
+    """Difference ``a - b`` of values ``(seeds, rows)`` with its interval, p-value and the name of the test."""
+    found = paired_runs(a, b)
+    p, test = found.p_value, "paired bootstrap over test rows" + (" and seeds" if len(a) > 1 else "")
+    if metric == "accuracy" and len(a) == 1:
+        p, test = mcnemar(a[0] > 0, b[0] > 0).p_value, "exact McNemar test over test rows"
+    score = found.score
+    return {"difference": score.value, "low": score.low, "high": score.high, "p": p, "test": test}
 
 
 def _row_losses(rows: list[dict[str, Any]]) -> Any:

@@ -15,6 +15,8 @@ SEARCHED = "guilomo"
 """The strategy name of the method whose allocation the search decides."""
 PLAIN_LORA = "lora"
 """The strategy name of PEFT's own LoRA at the same budget."""
+RANDOM = "random"
+"""The strategy name of the random control, which draws a plan of its own for every training seed."""
 
 
 class ModelConfig(BaseModel):
@@ -106,6 +108,14 @@ LABELS = {
 }
 
 
+METRICS = {
+    "classification": ("loss", "accuracy", "f1", "matthews"),
+    "causal_lm": ("loss", "perplexity", "accuracy", "accuracy_per_character", "f1", "matthews", "exact_match"),
+    "lm": ("loss", "perplexity"),
+}
+"""What each kind of task can be scored by."""
+
+
 class EvaluationConfig(BaseModel):
     """How methods are scored, on the test split."""
 
@@ -171,6 +181,7 @@ class RunConfig(BaseModel):
                 f"evaluation.generate = True contradicts task.kind = {self.task.kind!r}: "
                 "only causal_lm writes answers. Set one or the other."
             )
+        self._check_metric()
         if self.search.max_experts < self.mixture.top_k:
             raise ValueError(
                 f"search.max_experts = {self.search.max_experts} is below mixture.top_k = {self.mixture.top_k}. "
@@ -179,6 +190,18 @@ class RunConfig(BaseModel):
         self.search = self.search.model_copy(update={"top_k": self.mixture.top_k})
         self.output = self.output or f"runs/{self.name}"
         return self
+
+    def _check_metric(self) -> None:
+        metric, kind = self.evaluation.metric, self.task.kind
+        if metric is not None and metric not in METRICS[kind]:
+            raise ValueError(
+                f"evaluation.metric = {metric!r} does not fit task.kind = {kind!r}: "
+                f"expected one of {', '.join(METRICS[kind])}, or null."
+            )
+        if metric == "exact_match" and not self.evaluation.generate:
+            raise ValueError(
+                "evaluation.metric = 'exact_match' needs generated answers. Set evaluation.generate to true."
+            )
 
     @property
     def folder(self) -> Path:

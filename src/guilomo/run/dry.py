@@ -10,6 +10,7 @@ from guilomo.allocation import Allocation
 from guilomo.run.config import SEARCHED
 from guilomo.search.data import rows_at, to_device
 from guilomo.search.estimate import estimate
+from guilomo.tasks import Task
 from guilomo.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def dry_run(run: Run) -> DryRun:
     trained_rows = len(task.train) + (len(task.held_out) if config.train.use_held_out else 0)
     steps = config.train.max_steps or _steps(trained_rows, config.train)
     lines = [
-        f"task      {task.name}: {len(task.train)} training, {len(task.held_out)} held-out, {len(task.test)} test rows",
+        f"task      {task.name}: {len(task.train)} training, {len(task.held_out)} held-out, {len(task.test)} test rows"
+        + (f"; {cut}" if (cut := cut_texts(task)) else ""),
         f"budget    {facts['budget']:,} trainable parameters ({facts['budget_source']}), "
         f"{100 * facts['budget'] / facts['parameters']:.2f} % of the model",
         f"methods   {_counted(len(config.methods), 'method')} × {_counted(len(config.seeds), 'seed')} "
@@ -39,6 +41,13 @@ def dry_run(run: Run) -> DryRun:
     if any(m.strategy == SEARCHED for m in config.methods):
         lines += _search_lines(run, steps)
     return DryRun(facts["plans"], "\n".join(lines))
+
+
+def cut_texts(task: Task) -> str:
+    """How many texts were cut, in words; empty if none was."""
+    cut = sum(task.truncated.values())
+    were = "was" if cut == 1 else "were"
+    return f"{_counted(cut, 'text')} {were} cut at task.max_length = {task.config.max_length}" if cut else ""
 
 
 def _steps(rows: int, config: TrainConfig) -> int:

@@ -13,10 +13,10 @@ from guilomo.allocation.registry import STRATEGIES, make
 from guilomo.allocation.uniform import uniform
 from guilomo.errors import GuilomoError, unknown
 from guilomo.layers.routers import cost_of_router
-from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig, RunConfig
+from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, MethodConfig, RunConfig
 from guilomo.search import search_sized
 from guilomo.tasks import Task
-from guilomo.tuner import LoraMoeConfig, target_shapes
+from guilomo.tuner import LoraMoeConfig, plan_for_router, target_shapes
 
 TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM, "lm": TaskType.CAUSAL_LM}
 
@@ -31,6 +31,17 @@ def check_methods(config: RunConfig) -> None:
                 f"Method {method.name!r} has options {sorted(method.options)}, but the options of the searched method "
                 "are the keys under search. Move them there."
             )
+        _refuse_common_options(method)
+
+
+def _refuse_common_options(method: MethodConfig) -> None:
+    """What all methods share cannot be an option of one: the comparison would no longer be at one budget."""
+    common = sorted({"budget", "router", "weights"} & method.options.keys())
+    if common:
+        raise GuilomoError(
+            f"Method {method.name!r} has the option {common[0]!r}, which is common to all methods. "
+            "Set budget.parameters or mixture.router instead."
+        )
 
 
 def mixture_config(config: RunConfig, task: Task, **options: Any) -> LoraMoeConfig:
@@ -64,21 +75,31 @@ def resolve_budget(config: RunConfig, shapes: dict[str, ModuleShape]) -> tuple[i
 
 
 def plan_method(
-    method: MethodConfig, config: RunConfig, model: nn.Module, shapes: dict[str, ModuleShape], budget: int
+    method: MethodConfig,
+    config: RunConfig,
+    model: nn.Module,
+    shapes: dict[str, ModuleShape],
+    budget: int,
+    seed: int = 0,
 ) -> Allocation:
-    """The allocation of a method that is not searched, at the common budget."""
+    """The allocation of a method that is not searched, at the common budget.
+
+    The random control draws anew for every training seed, so that it is compared as a strategy, not as one lucky plan.
+    """
+    _refuse_common_options(method)
     terms: dict[str, Any] = {"budget": budget, "alpha": config.mixture.alpha, "scaling": config.mixture.scaling}
     if method.strategy != PLAIN_LORA:
         terms |= {"router": router_cost(config), "top_k": config.mixture.top_k}
     if method.strategy == "uniform" and config.budget.parameters is None:
         # The plan that sets the budget is itself the uniform row, where it has enough experts for top-k.
         terms |= {"experts": max(config.budget.experts, config.mixture.top_k), "rank": config.budget.rank}
-    if method.strategy == "random":
+    if method.strategy == RANDOM:
         # The control draws from what the search may choose.
-        terms |= {"max_experts": config.search.max_experts, "max_rank": config.search.max_rank}
+        terms |= {"max_experts": config.search.max_experts, "max_rank": config.search.max_rank, "seed": seed}
     if method.strategy == "alphalora" and "alphas" not in method.options:
         terms["weights"] = {name: model.get_parameter(f"{name}.weight").detach() for name in shapes}
-    return make(method.strategy, shapes, **{**terms, **method.options})
+    plan = make(method.strategy, shapes, **{**terms, **method.options})
+    return plan if method.strategy == PLAIN_LORA else plan_for_router(plan, config.mixture.router)
 
 
 def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: RunConfig, task: Task) -> PeftModel:

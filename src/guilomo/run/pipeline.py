@@ -4,7 +4,7 @@ Everything a stage makes lies in the run's folder; a stage whose result lies the
 
     config.json                         the resolved recipe
     search/search.safetensors           checkpoint; search/allocation.json, search/search.json: the result
-    methods/NAME/allocation.json        the plan of a method
+    methods/NAME/seed-S/allocation.json the plan of a method; only the random control's depends on the seed
     methods/NAME/seed-S/adapter/        the trained adapter; checkpoints/ while it is being trained
     methods/NAME/seed-S/result.json     its scores and per-row results
     results.json, report.html           the comparison
@@ -28,7 +28,7 @@ from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.report import write_report
 from guilomo.run.compare import results_of
-from guilomo.run.config import SEARCHED, MethodConfig, RunConfig
+from guilomo.run.config import RANDOM, SEARCHED, MethodConfig, RunConfig
 from guilomo.run.files import read_json, write_json, write_text
 from guilomo.run.methods import (
     attach,
@@ -86,7 +86,7 @@ class Run:
         shapes = model_shapes(model, self.config, self.task)
         budget, source = resolve_budget(self.config, shapes)
         plans = {
-            m.name: plan_method(m, self.config, model, shapes, budget)
+            m.name: plan_method(m, self.config, model, shapes, budget, self.config.seeds[0])
             for m in self.config.methods
             if m.strategy != SEARCHED
         }
@@ -120,13 +120,14 @@ class Run:
         """The searched allocation; runs or continues the search if it is not there yet."""
         folder = self.config.folder / "search"
         if (folder / "search.json").exists():
+            self._refuse_other_data(read_json(folder / "search.json"), folder)
             return Allocation.load(folder / "allocation.json")
         job = self.search_job()
         result = job.run(lambda step, steps, text: self.progress("search", step, steps, text), self.should_stop)
         if self.should_stop() and job.step < self.config.search.steps and not result.stopped_early:
             raise Interrupted(f"The search stopped at step {job.step} of {self.config.search.steps}.")
         write_text(folder / "allocation.json", result.allocation.to_json())
-        write_json(folder / "search.json", result.to_dict())
+        write_json(folder / "search.json", {**result.to_dict(), "data_hash": self.task.data_hash})
         return result.allocation
 
     def search_job(self) -> Search:
@@ -134,10 +135,23 @@ class Run:
         model = get_peft_model(self.fresh_model(seed), search_mixture(self.config, self.task))
         return Search(model, self.task, self.config.search, self.facts["budget"], self.config.folder / "search")
 
-    def plan(self, method: MethodConfig) -> Allocation:
-        """The allocation of a method; for the searched one this runs the search."""
-        plan: Allocation = self.search() if method.strategy == SEARCHED else self.facts["plans"][method.name]
+    def plan(self, method: MethodConfig, seed: int) -> Allocation:
+        """The allocation of a method for one training seed; for the searched one this runs the search.
+
+        Raises:
+            GuilomoError: the plan does not fit the model or the budget.
+        """
+        plan: Allocation = self.search() if method.strategy == SEARCHED else self._made_plan(method, seed)
+        shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
+        plan.check_against(shapes, self.facts["budget"], self.router_cost)
         return plan
+
+    def _made_plan(self, method: MethodConfig, seed: int) -> Allocation:
+        """Only the random control depends on the seed, and it needs no weights."""
+        if method.strategy != RANDOM or "seed" in method.options:
+            plan: Allocation = self.facts["plans"][method.name]
+            return plan
+        return plan_method(method, self.config, nn.Module(), self.facts["shapes"], self.facts["budget"], seed)
 
     def train(self, method: MethodConfig, seed: int) -> dict[str, Any]:
         """Trains and scores one method with one seed; returns the content of its result.json."""
@@ -146,8 +160,9 @@ class Run:
             found: dict[str, Any] = read_json(folder / "result.json")
             self._refuse_other_data(found, folder)
             return found
-        plan = self.plan(method)
-        write_text(folder.parent / "allocation.json", plan.to_json())
+        self._claim_for_data(folder)
+        plan = self.plan(method, seed)
+        write_text(folder / "allocation.json", plan.to_json())
         model = attach(self.fresh_model(seed), plan, method, self.config, self.task)
         if method.strategy == SEARCHED and self.config.train.start_from_search:
             self._start_from_search(model)
@@ -176,6 +191,13 @@ class Run:
                 "checkpoint any more. Delete that folder to search again, or turn start_from_search off."
             )
         carry_weights(job.model, job.vectors, model)
+
+    def _claim_for_data(self, folder: Path) -> None:
+        """Ties a half-done training to its rows; a checkpoint must not be continued on others."""
+        marker = folder / "data.json"
+        if marker.exists():
+            self._refuse_other_data(read_json(marker), folder)
+        write_json(marker, {"data_hash": self.task.data_hash})
 
     def _refuse_other_data(self, found: dict[str, Any], folder: Path) -> None:
         """Results are compared row by row, so they must be of the same rows."""
@@ -240,11 +262,6 @@ class Run:
     @cached_property
     def router_cost(self) -> Any:
         return router_cost(self.config)
-
-    def check_plan(self, plan: Allocation) -> None:
-        """Refuses a plan that does not fit the model or the budget."""
-        shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
-        plan.check_against(shapes, self.facts["budget"], self.router_cost)
 
 
 def _differences(a: Any, b: Any, path: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -114,7 +115,15 @@ def _explain(problem: Any) -> str:
         return f"{name} is missing."
     if problem["type"] == "value_error":
         return message if not path else f"{name}: {message}"
-    return f"{name} = {problem['input']!r} is not usable: {message[0].lower() + message[1:]}."
+    return f"{name} = {problem['input']!r} is not usable: {message[0].lower() + message[1:]}.{_nearest(problem)}"
+
+
+def _nearest(problem: Any) -> str:
+    """The allowed word nearest to a misspelt one."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return ""
+    near = get_close_matches(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

@@ -170,7 +170,7 @@ def _loss_at(problem: Problem, batch: Batch, names: dict[int, str], values: list
 
 
 def authors_code(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
-    """What the released GuiLoMo code computes, for comparison only (dossier section 2.7, items 1 to 3).
+    """What the released GuiLoMo code computes, for comparison only.
 
     Gradients left uncleared between its passes turn the hypergradient into
 

@@ -26,7 +26,7 @@ from guilomo.search.stability import Stability
 from guilomo.search.state import resume_search, save_search
 from guilomo.search.trajectory import Trajectory
 from guilomo.search.vectors import SelectionVectors
-from guilomo.tuner import context_of
+from guilomo.tuner import context_of, plan_for_router
 
 Progress = Callable[[int, int, str], None]
 """Called with (step, steps, a short text) before the first step, with the estimate, and after every step."""
@@ -225,7 +225,7 @@ class Search:
 
     def allocation(self) -> Allocation:
         """The present preference, projected onto the budget."""
-        return learned(
+        plan = learned(
             self.vectors.preference(self.budget),
             self.mixture.shapes,
             self.budget,
@@ -238,6 +238,7 @@ class Search:
             router=self.mixture.router_parameters,
             strategy=f"guilomo ({self.config.relaxation}, {self.config.hypergradient})",
         )
+        return plan_for_router(plan, self.mixture.options.router)
 
     def _look(self) -> None:
         """Shows the allocation to the early stop every `check_every` outer steps."""

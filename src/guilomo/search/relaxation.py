@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 RANK_LEAK = 1e-4
-"""What `prefix` leaves of components beyond the chosen rank (dossier: authors' code)."""
+"""What `prefix` leaves of components beyond the chosen rank (as in the released code)."""
 EXPERT_SHIFT, EXPERT_BLOCK = 0.5, -1e4
 """What `prefix` adds to the logits of kept and of removed experts (authors' code; the first is without effect)."""
 SURVIVAL_FLOOR = 1e-4

@@ -83,6 +83,7 @@ def _identity(search: Search) -> dict[str, Any]:
         "budget": search.budget,
         "train_rows": len(search.data.train),
         "held_out_rows": len(search.data.held_out),
+        "data_hash": getattr(search.data, "data_hash", None),
         "trained_parameters": sum(w.numel() for w in search.weights),
         "modules": search.vectors.names,
     }

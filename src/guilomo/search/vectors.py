@@ -107,7 +107,7 @@ class SelectionVectors(nn.Module):
         """Sets all vectors to one common preference whose expected parameters meet the budget.
 
         Under `survival` the entries rise or fall linearly with the count, by a slope found by bisection; under
-        `prefix` they are a discretised bell (dossier section 2.1) around the count that fits best.
+        `prefix` they are a discretised bell around the count that fits best.
         """
         if self.config.relaxation == "prefix":
             self._start_prefix(budget)

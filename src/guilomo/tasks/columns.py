@@ -85,6 +85,9 @@ def _value(row: Mapping[str, Any], column: str, field: str, where: str) -> Any:
     if column not in row:
         raise invalid(field, column, f"one of the columns of {where}: {', '.join(sorted(row))}")
     value = row[column]
+    if isinstance(value, float) and value.is_integer():
+        # A table with one empty label turns the whole column of integers into floats.
+        return int(value)
     if not isinstance(value, (str, int)):
         raise invalid(f"{where}: {column}", value, "a class name or an integer")
     return value

@@ -45,6 +45,7 @@ def load_examples(config: TaskConfig) -> dict[str, list[Example]]:
     """
     train, held_out, test = _read_examples(config)
     if test is None:
+        require_examples(train, config.source)
         count = fraction_count(len(train), config.test_fraction, "test rows")
         test, train = take(train, count, config.seed, strata_of(train, config.kind))
     for rows, where in ((train, f"{config.source} (train)"), (test, f"{config.source} (test)")):

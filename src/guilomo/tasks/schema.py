@@ -159,6 +159,8 @@ def _label(row: Mapping[str, Any], choices: tuple[str, ...] | None, where: str) 
         if value is not None:
             raise invalid(f"{where}: label", value, "null where choices is null")
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
         remedy = "Labels are indices that start at 0; -1 marks an unlabelled row, which cannot be used."
         raise invalid(f"{where}: label", value, f"an integer from 0 to {len(choices) - 1}", remedy)

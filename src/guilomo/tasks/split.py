@@ -56,7 +56,7 @@ def strata_of(examples: Sequence[Example], kind: str) -> list[Hashable]:
     return [example.label if kind == "classification" else None for example in examples]
 
 
-def fraction_count(total: int, fraction: float, what: str) -> int:
+def fraction_count(total: int, fraction: float, what: str, remedy: str = "Add rows.") -> int:
     """`round(total * fraction)`, but at least 1 on both sides where the fraction is above 0.
 
     Raises:
@@ -65,7 +65,9 @@ def fraction_count(total: int, fraction: float, what: str) -> int:
     if fraction == 0.0:
         return 0
     if total < 2:
-        raise GuilomoError(f"{total} row(s) cannot be divided into {what} and the rest: expected at least 2 rows.")
+        raise GuilomoError(
+            f"{total} row(s) cannot be divided into {what} and the rest: expected at least 2 rows. {remedy}"
+        )
     return min(max(1, round(total * fraction)), total - 1)
 
 

@@ -138,16 +138,17 @@ def _language_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Ta
     }
     train = blocks["train"] or []
     held_out, test = blocks["held_out"], blocks["test"]
+    remedy = f"source = {config.source!r} gives too little text: shorten max_length = {config.max_length} or add text."
     if test is None:
-        count = fraction_count(len(train), config.test_fraction, "test blocks")
+        count = fraction_count(len(train), config.test_fraction, "test blocks", remedy)
         train, test = train[: len(train) - count], train[len(train) - count :]
     train, test = train[: config.train_size], test[: config.test_size]
     if held_out is None:
-        count = fraction_count(len(train), config.held_out_fraction, "held-out blocks")
+        count = fraction_count(len(train), config.held_out_fraction, "held-out blocks", remedy)
         train, held_out = train[: len(train) - count], train[len(train) - count :]
     parts = dict(zip(SPLITS, (train, held_out, test), strict=True))
     if not train or not test:
-        raise GuilomoError(f"source = {config.source!r} gives too little text: shorten max_length or add text.")
+        raise GuilomoError(remedy)
     rows: dict[str, list[TokenRow]] = {}
     for split in SPLITS:
         rows[split] = block_rows(parts[split], first=sum(map(len, rows.values())))

@@ -6,6 +6,7 @@ from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
 from guilomo.tuner.registration import register
+from guilomo.tuner.resolve import plan_for_router
 
 register()
 
@@ -17,5 +18,6 @@ __all__ = [
     "SelectionMasks",
     "adaptable_modules",
     "context_of",
+    "plan_for_router",
     "target_shapes",
 ]

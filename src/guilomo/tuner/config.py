@@ -63,7 +63,7 @@ class LoraMoeConfig(PeftConfig):
     )
     balance_over: str = field(
         default="module",
-        metadata={"help": "Balance each 'module' by itself, or the modules of a 'layer' together (MoLA)."},
+        metadata={"help": "Balance each 'module' alone, or a 'layer's modules of equal expert count together (MoLA)."},
     )
     balance_reduction: str = field(
         default="sum", metadata={"help": "'sum' or 'mean' of the balance loss over modules or layers."}
@@ -79,7 +79,10 @@ class LoraMoeConfig(PeftConfig):
     )
     rank_pattern: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Module-name regex to a rank, or to a list with the rank of each expert ([] = not adapted)."},
+        metadata={
+            "help": "Module-name regex to a rank, or to a list with each expert's rank ([]: not adapted). "
+            "A module with fewer experts than top_k uses all."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules to train and save, such as a classification head."}

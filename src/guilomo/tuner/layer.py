@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -14,10 +13,10 @@ from guilomo.allocation.plan import Allocation, ModuleShape
 from guilomo.errors import GuilomoError
 from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import router_statistics
-from guilomo.layers.packed import ExpertLayout
+from guilomo.layers.packed import ExpertLayout, packed_delta
 from guilomo.layers.routers import router_class
 from guilomo.layers.routing import Router, Routing
-from guilomo.layers.split import linear_of_training_rows, scale_by_held_out_rows, shift_by_held_out_rows
+from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
 from guilomo.tuner.router_loss import RouterLoss
@@ -92,20 +91,11 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         masks = self.context.masks.get(self.name)
         x = self._cast_input_dtype(x, a.dtype)
         split = self.context.split_at(x)
-        hidden = self._linear(self.molora_dropout[adapter](x), a, split)
         routing = self._route(x, adapter, masks, split)
-        spread: Tensor = layout.spread
-        gate = spread.sum(0) if routing is None else routing.weights @ spread.to(routing.weights.dtype)
-        hidden = hidden * gate.to(hidden.dtype)
-        if masks is not None and masks.rank is not None:
-            rank = masks.rank.to(hidden.dtype)
-            hidden = hidden * rank if split is None else scale_by_held_out_rows(hidden, rank, split)
-        y = y + self._linear(hidden, b, split)
+        weights = None if routing is None else routing.weights
+        rank_mask = None if masks is None else masks.rank
+        y = y + packed_delta(self.molora_dropout[adapter](x), a, b, weights, layout.spread, rank_mask, split)
         return y if routing is None else self._attach_losses(y, x, routing, adapter)
-
-    @staticmethod
-    def _linear(x: Tensor, weight: Tensor, split: int | None) -> Tensor:
-        return F.linear(x, weight) if split is None else linear_of_training_rows(x, weight, split)
 
     def _route(self, x: Tensor, adapter: str, masks: SelectionMasks | None, split: int | None) -> Routing | None:
         if adapter not in self.molora_router:
@@ -115,7 +105,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         logits = router.logits(x) if split is None else _logits_of_training_rows(router, x, split)
         if masks is not None and masks.log_expert is not None:
             offset = masks.log_expert.to(logits.dtype)
-            logits = logits + offset if split is None else shift_by_held_out_rows(logits, offset, split)
+            logits = shift_by_held_out_rows(logits, offset, split)
         return router.route(logits)
 
     def _attach_losses(self, y: Tensor, x: Tensor, routing: Routing, adapter: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from guilomo.allocation import Allocation, ModulePlan, ModuleShape, depths_of
+from guilomo.allocation import Allocation, ModulePlan, ModuleShape, layers_of
 from guilomo.errors import GuilomoError, invalid
 from guilomo.layers.routers import router_class
 from guilomo.tuner.config import LoraMoeConfig
@@ -35,10 +35,15 @@ def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
             "The allocation gives no experts to any module, so there is nothing to train. "
             "Give at least one module a non-empty list of ranks."
         )
-    if router_class(config.router).dense:
-        everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
-        plan = replace(plan, modules=everyone)
-    return plan
+    return plan_for_router(plan, config.router)
+
+
+def plan_for_router(plan: Allocation, router: str) -> Allocation:
+    """The plan with top-k as the router has it: dense routers choose every expert, whatever the plan says."""
+    if not router_class(router).dense:
+        return plan
+    everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
+    return replace(plan, modules=everyone)
 
 
 def _refuse_unknown(plan: Allocation, shapes: dict[str, ModuleShape]) -> None:
@@ -86,21 +91,15 @@ def _refuse_unmatched(patterns: dict[str, Any], shapes: dict[str, ModuleShape]) 
 def balance_groups(plan: Allocation, over: str) -> dict[str, list[str]]:
     """The routed modules that are balanced together: each alone, or those of one layer.
 
-    Raises:
-        GuilomoError: modules of one layer have different expert counts, so their loads cannot be added.
+    Loads can be added only where the experts are as many, so a layer with several expert counts has a group for each.
+    Modules outside the layers (a pooler) stay alone: gradient checkpointing recomputes layer by layer, and a group must
+    not reach across.
     """
     routed = [name for name, module in plan.adapted().items() if module.experts > 1]
     if over == "module":
         return {name: [name] for name in routed}
     groups: dict[str, list[str]] = {}
-    for name, layer in depths_of(plan.modules).items():
+    for name, layer in layers_of(plan.modules).items():
         if name in routed:
-            groups.setdefault(f"layer {layer}", []).append(name)
-    for group, names in groups.items():
-        counts = {plan[name].experts for name in names}
-        if len(counts) > 1:
-            raise GuilomoError(
-                f"balance_over = 'layer' needs equal expert counts within a layer, but {group} has {sorted(counts)}. "
-                "Use balance_over='module'."
-            )
+            groups.setdefault(f"layer {layer}, {plan[name].experts} experts", []).append(name)
     return groups

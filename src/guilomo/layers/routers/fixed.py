@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class FixedRouter(Router):
     def __init__(self, in_features: int, experts: int, top_k: int, weights: list[float] | None = None) -> None:
         super().__init__()
         given = [1.0 / experts] * experts if weights is None else [float(w) for w in weights]
-        if len(given) != experts or min(given) <= 0:
+        if len(given) != experts or not all(math.isfinite(w) and w > 0 for w in given):
             raise invalid(
                 "router_weights",
                 weights,
