@@ -50,8 +50,9 @@ def adapter_config(folder: Path) -> PeftConfig:
         raise unknown(f"{path}: peft_type", str(content.get("peft_type")), known)
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-        if isinstance(config, LoraMoeConfig):
-            config.plan  # noqa: B018 - reading it checks it
+        # Reading the plan checks it.
+        if isinstance(config, LoraMoeConfig) and config.plan is None:
+            raise GuilomoError(f"it carries no allocation. {_again()}")
     except GuilomoError as error:
         raise GuilomoError(f"{path}: {error}") from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from guilomo import __version__
 from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.options import describe_options
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 RECIPE_HELP = "YAML file; see recipes/. Without one, defaults (the packaged demo task and model)"
 
@@ -35,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_command(commands: argparse._SubParsersAction, name: str, help: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+def _recipe_command(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
@@ -63,17 +67,17 @@ def _resumable(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _run(commands: Commands) -> None:
     command = _recipe_command(commands, "run", "search, train every method at one budget, compare, write the report")
     _resumable(command)
 
 
-def _search(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _search(commands: Commands) -> None:
     command = _recipe_command(commands, "search", "only the search: which experts and ranks, for this model and task")
     _resumable(command)
 
 
-def _allocate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _allocate(commands: Commands) -> None:
     command = _recipe_command(commands, "allocate", "make an allocation without searching, and show what it costs")
     command.add_argument("--strategy", default="uniform", help=", ".join(sorted({*STRATEGIES} - {"learned"})))
     command.add_argument(
@@ -83,14 +87,14 @@ def _allocate(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
     command.add_argument("--plot", metavar="FILE", help="write its heat map (.png, .svg or .pdf)")
 
 
-def _train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _train(commands: Commands) -> None:
     command = _recipe_command(commands, "train", "train and score one method of the recipe with one seed")
     _resumable(command)
     command.add_argument("--method", required=True, help="name of a method of the recipe")
     command.add_argument("--seed", type=int, help="seed of head, data order and dropout (default: the recipe's first)")
 
 
-def _evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _evaluate(commands: Commands) -> None:
     command = _recipe_command(commands, "evaluate", "score an adapter on the recipe's task, or with lm-eval")
     command.add_argument("--adapter", required=True, metavar="FOLDER", help="adapter folder")
     command.add_argument("--split", default="test", help="train, held_out or test (default test)")
@@ -102,7 +106,7 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
     command.add_argument("--json", dest="save", metavar="FILE", help="write the scores as JSON")
 
 
-def _inspect(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _inspect(commands: Commands) -> None:
     command = commands.add_parser("inspect", help="show the allocation of an adapter, run or JSON file")
     command.add_argument("path", help="adapter folder, run folder or allocation.json")
     command.add_argument("--diff", metavar="OTHER", help="show how another allocation differs")
@@ -110,7 +114,7 @@ def _inspect(commands: argparse._SubParsersAction) -> None:  # type: ignore[type
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _report(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def _report(commands: Commands) -> None:
     command = commands.add_parser("report", help="write report.html of a run folder again, from its results.json")
     command.add_argument("folder", help="run folder")
     command.add_argument("--picture", metavar="FILE", help="also write the headline picture (.png, .svg or .pdf)")
