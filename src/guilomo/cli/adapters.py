@@ -7,28 +7,26 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from guilomo.errors import GuilomoError, invalid, unknown
+from guilomo.files import check_adapter
 from guilomo.tuner import LoraMoeConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OTHER_WEIGHTS = "adapter_model.bin"
-"""What older versions of PEFT wrote."""
+CONFIG = "adapter_config.json"
 
 
 def adapter_folder(text: str) -> Path:
     """The folder of a complete adapter.
 
     Raises:
-        GuilomoError: a file of it is missing or damaged.
+        GuilomoError: a file of it is missing, pickled or damaged.
     """
     folder = Path(text)
     if not (folder / CONFIG).is_file():
         raise invalid("--adapter", text, f"a folder with {CONFIG}", "guilomo train prints such a folder.")
     adapter_config(folder)
-    _check_weights(folder)
+    check_adapter(folder)
     return folder
 
 
@@ -60,8 +58,8 @@ def adapter_config(folder: Path) -> PeftConfig:
     return config
 
 
-def load_adapter(model: nn.Module, adapter: Path) -> PeftModel:
-    """The model with an adapter from a folder.
+def load_adapter(model: nn.Module, adapter: Path, argument: str = "--adapter") -> PeftModel:
+    """The model with an adapter from a folder, which the user gave as `argument`.
 
     Raises:
         GuilomoError: the adapter is of another model or task.
@@ -72,23 +70,9 @@ def load_adapter(model: nn.Module, adapter: Path) -> PeftModel:
         if isinstance(error, GuilomoError):
             raise
         raise GuilomoError(
-            f"--adapter = {str(adapter)!r} does not fit the recipe's model and task: {str(error).splitlines()[0]} "
+            f"{argument} = {str(adapter)!r} does not fit the recipe's model and task: {str(error).splitlines()[0]} "
             "Give the recipe that the adapter was trained with."
         ) from error
-
-
-def _check_weights(folder: Path) -> None:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / OTHER_WEIGHTS).is_file():
-            return
-        # PEFT would look for a model of this name on the Hub.
-        raise GuilomoError(f"{path} is missing: the folder has a configuration but no weights. {_again()}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        raise GuilomoError(f"{path} is damaged ({error}). {_again()}") from error
 
 
 def _again() -> str:

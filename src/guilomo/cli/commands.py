@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from guilomo.allocation import Allocation, RouterCost, linear_router
 from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.adapters import adapter_config, adapter_folder, load_adapter
+from guilomo.cli.export import export
 from guilomo.cli.progress import shown_progress, stop_on_signal
+from guilomo.cli.screen import console, print_table
 from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.evaluation import evaluate as score
 from guilomo.evaluation import run_lm_eval
+from guilomo.files import check_checksum, refuse_pickle
 from guilomo.layers.routers import cost_of_router
 from guilomo.report import allocation_table, comparison_table, plot_allocation, plot_headline, save_figure, write_report
 from guilomo.run import Run, load_recipe
@@ -29,16 +30,17 @@ from guilomo.run.dry import cut_texts, dry_run
 from guilomo.run.files import read_json, write_json
 from guilomo.run.methods import model_shapes, plan_method, resolve_budget
 from guilomo.run.model import load_model, model_path
+from guilomo.run.searches import search_folder, search_seeds
+from guilomo.search.distributed import process_group, rank
 from guilomo.tuner import LoraMoeConfig
-
-console = Console(soft_wrap=True)
 
 
 @contextmanager
 def _prepared(arguments: argparse.Namespace, resumable: bool = True) -> Iterator[Run]:
     """The run of a recipe command, with progress and orderly stopping."""
     config = load_recipe(arguments.recipe, arguments.overrides)
-    with stop_on_signal() as should_stop, shown_progress(console, arguments.quiet) as progress:
+    quiet = arguments.quiet or rank() > 0
+    with stop_on_signal() as should_stop, shown_progress(console, quiet) as progress:
         job = Run(config, arguments.typed, progress, should_stop)
         if resumable:
             job.prepare(arguments.resume)
@@ -67,19 +69,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
-    _print_table(comparison_table(results), comparison_table(_leading(results)))
-    for sentence in results["verdict"]:
+    print_table(comparison_table(results), comparison_table(_leading(results)))
+    for sentence in [*results["verdict"], *_search_warnings(results)]:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"\nreport   {folder / 'report.html'}\nresults  {folder / 'results.json'}", highlight=False)
 
 
-def _print_table(table: Table, shorter: Table | None = None) -> None:
-    """A table whose columns are not cut: a narrow terminal gets the shorter one, a file the whole width."""
-    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    if console.is_terminal and wide > console.width:
-        console.print(shorter or table)
-    else:
-        Console(file=console.file, width=max(wide, console.width)).print(table)
+def _search_warnings(results: dict[str, Any]) -> list[str]:
+    """What the searches of a run say about having stayed where they started."""
+    search = results["search"] or {}
+    return [s["moved"]["warning"] for s in search.get("searches", [search]) if s and s["moved"]["warning"]]
 
 
 def _leading(results: dict[str, Any]) -> dict[str, Any]:
@@ -99,17 +98,30 @@ def _leading(results: dict[str, Any]) -> dict[str, Any]:
 def search(arguments: argparse.Namespace) -> None:
     if _dry(arguments):
         return
-    with _prepared(arguments) as job:
-        plan = job.search()
+    with process_group(), _prepared(arguments) as job:
+        plans = {seed: job.search(seed) for seed in search_seeds(job.config)}
+        if rank() > 0:
+            return
         results = job.write_results()
-    _print_table(allocation_table(plan))
-    moved = results["search"]["movement"]
-    console.print(
-        f"{plan.parameters(job.router_cost):,} of {job.facts['budget']:,} parameters. From start to end the search "
-        f"moved expert counts by {moved['experts']:.2f} and ranks by {moved['ranks']:.2f} on average.\n"
-        f"allocation  {job.config.folder / 'search' / 'allocation.json'}",
-        highlight=False,
-    )
+    for seed, plan in plans.items():
+        print_table(allocation_table(plan))
+        console.print(
+            f"{plan.parameters(job.router_cost):,} of {job.facts['budget']:,} parameters.\n"
+            f"allocation  {search_folder(job.config, seed) / 'allocation.json'}",
+            highlight=False,
+        )
+    for found in results["search"].get("searches", [results["search"]]):
+        console.print(_movement(found["moved"]), highlight=False)
+    for sentence in _search_warnings(results):
+        console.print(sentence, highlight=False, markup=False)
+
+
+def _movement(moved: dict[str, Any]) -> str:
+    return (
+        "From start to end the search moved expert counts by {experts[mean]:.2f} on average (at most "
+        "{experts[max]:.2f}) and ranks by {ranks[mean]:.2f} (at most {ranks[max]:.2f}); {share:.0%} of the modules got "
+        "another plan than the start gives."
+    ).format(**moved, share=moved["modules"])
 
 
 def allocate(arguments: argparse.Namespace) -> None:
@@ -168,7 +180,7 @@ def _scores(metrics: dict[str, dict[str, Any]]) -> None:
         interval = "–" if found["low"] is None else f"{found['low']:.4f} – {found['high']:.4f}"
         value = "not finite" if found["value"] is None else f"{found['value']:.4f}"
         table.add_row(name, value, interval, str(found["n"]))
-    _print_table(table)
+    print_table(table)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -242,6 +254,8 @@ def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
     """
     if (path / "adapter_config.json").is_file():
         config = adapter_config(path)
+        refuse_pickle(path)
+        check_checksum(path)
         if not isinstance(config, LoraMoeConfig) or config.plan is None:
             raise GuilomoError(
                 f"{path} is a {str(config.peft_type).rpartition('.')[2]} adapter; only mixtures carry an allocation."
@@ -266,4 +280,4 @@ def report(arguments: argparse.Namespace) -> None:
         console.print(f"drawn to {arguments.picture}", highlight=False)
 
 
-__all__ = ["allocate", "evaluate", "inspect", "report", "run", "search", "train"]
+__all__ = ["allocate", "evaluate", "export", "inspect", "report", "run", "search", "train"]

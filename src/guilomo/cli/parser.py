@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from guilomo import __version__
 from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.options import describe_options
+from guilomo.export.words import FORMS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _allocate(commands)
     _train(commands)
     _evaluate(commands)
+    _export(commands)
     _inspect(commands)
     _report(commands)
     return parser
@@ -104,6 +106,47 @@ def _evaluate(commands: Commands) -> None:
     command.add_argument("--include-path", metavar="FOLDER", help="with --lm-eval: folder with task YAML files")
     command.add_argument("--limit", type=int, help="with --lm-eval: only so many examples per task")
     command.add_argument("--json", dest="save", metavar="FILE", help="write the scores as JSON")
+
+
+EXPORT_TRADE_OFFS = """what each form trades off:
+  stacked  exact at the mean gates; the rank is the sum of the experts' ranks, so the file is as large as the mixture
+  svd      the nearest change of rank R (--rank); smaller, and loses what the lower ranks held as well
+  merged   a whole model with no adapter; exact, but only where gates do not depend on the token (router: fixed, or
+           one expert per module)
+A plain LoRA has one set of weights for all tokens: where the router chooses experts token by token, that is lost. The
+command measures how much, on --split; export.json has every number."""
+
+
+def _export(commands: Commands) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="make plain LoRA or merged weights of a mixture, and measure what that loses",
+        description="Makes plain LoRA or merged weights of a mixture, for servers that know no mixtures, and measures "
+        "what that loses.",
+        epilog=f"{EXPORT_TRADE_OFFS}\n\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("folder", help="run folder, a method's seed folder in it, or an adapter folder")
+    command.add_argument("--to", choices=sorted(FORMS), default="stacked", help="the form (default stacked); see below")
+    command.add_argument("--rank", type=int, metavar="R", help="with --to svd: highest rank of a module")
+    command.add_argument(
+        "--uniform-rank",
+        action="store_true",
+        help="pad all modules with zeros to one rank, for servers that know one rank per adapter (vLLM); exact, larger",
+    )
+    command.add_argument("--method", help="with a run folder: which method (needed where several are trained)")
+    command.add_argument("--seed", type=int, help="with a run folder: which seed (default: the lowest)")
+    command.add_argument("--recipe", metavar="FILE", help="model and data to measure on (default: those of the run)")
+    command.add_argument("--split", default="test", help="rows for the loss: test or held_out (default test)")
+    command.add_argument(
+        "--rows",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="at most N training rows for the gates and N rows for the loss (default 1000); more: surer, slower",
+    )
+    command.add_argument("--output", metavar="DIR", help="folder to write (default: beside the adapter)")
+    command.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
 
 def _inspect(commands: Commands) -> None:
