@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 from guilomo import GuilomoError, LoraMoeConfig
 from guilomo.run import Run
 from guilomo.training import (
-    FiniteLossCallback,
     Interrupted,
     ProgressCallback,
     RouterHealthCallback,
@@ -210,18 +209,8 @@ def test_checkpointing_activations_changes_nothing(job: Run, tmp_path: Path) -> 
 
 def test_a_loss_that_is_not_finite_stops_the_training(job: Run, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 100})
-    with pytest.raises(GuilomoError, match=r"training loss was nan at step \d\..*now 1e\+30"):
+    with pytest.raises(GuilomoError, match=r"training loss was nan at step \d, first in.*now 1e\+30"):
         fine_tune(adapted(job), job.task, config, tmp_path)
-
-
-def test_finite_loss_callback_by_itself() -> None:
-    callback = FiniteLossCallback("Do something.")
-    state: Any = type("State", (), {"global_step": 4})()
-    none: Any = None
-    callback.on_log(none, state, none, {"loss": 1.0})
-    callback.on_log(none, state, none, {"train_runtime": 1.0})
-    with pytest.raises(GuilomoError, match=r"inf at step 4\. Do something\."):
-        callback.on_log(none, state, none, {"loss": float("inf")})
 
 
 def test_progress_callback_without_functions(job: Run, tmp_path: Path) -> None:

@@ -43,14 +43,17 @@ def linear_of_training_rows(x: Tensor, weight: Tensor, n: int | None) -> Tensor:
 
 
 def scale_by_held_out_rows(x: Tensor, mask: Tensor, n: int | None) -> Tensor:
-    """``x * mask`` whose mask gradient comes from the rows after the first `n` only."""
-    if n is None:
+    """``x * mask`` whose mask gradient comes from the rows after the first `n` only.
+
+    A mask with a row for every row of `x` was split where it was made.
+    """
+    if n is None or mask.dim() > 1:
         return x * mask
     return torch.cat([x[:n] * mask.detach(), x[n:] * mask])
 
 
 def shift_by_held_out_rows(x: Tensor, offset: Tensor, n: int | None) -> Tensor:
-    """``x + offset`` whose offset gradient comes from the rows after the first `n` only."""
-    if n is None:
+    """``x + offset`` whose offset gradient comes from the rows after the first `n` only; see above for one per row."""
+    if n is None or offset.dim() > 1:
         return x + offset
     return torch.cat([x[:n] + offset.detach(), x[n:] + offset])

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from guilomo.errors import GuilomoError
+from guilomo.files import replacing
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    """Replaces a file in one step; seldom enough to survive power cuts too.
+
+    Raises:
+        GuilomoError: it cannot be written.
+    """
+    content = text.encode()
+    with replacing(path, len(content)) as unfinished, open(unfinished, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def write_json(path: Path, content: Any) -> None:

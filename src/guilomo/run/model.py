@@ -24,6 +24,8 @@ from guilomo.tasks.task import SPLITS
 
 HEADS = ("classifier", "score")
 """What PEFT takes for the head of a classifier."""
+NO_PICKLES = {"use_safetensors": True}
+"""Weights in ``pytorch_model.bin`` would be unpickled."""
 
 
 def model_path(config: ModelConfig) -> str:
@@ -73,7 +75,7 @@ def load_model(config: ModelConfig, task: Task, seed: int) -> nn.Module:
 
 
 def _decoder(config: ModelConfig) -> nn.Module:
-    model: nn.Module = _loaded(AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype))
+    model: nn.Module = _loaded(AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype), **NO_PICKLES)
     return model
 
 
@@ -86,6 +88,7 @@ def _classifier(config: ModelConfig, task: Task, seed: int) -> nn.Module:
         # The head of a checkpoint that was made for other labels is replaced anyway.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **NO_PICKLES,
     )
     mismatched = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
     body = sorted(key for key in mismatched if key.startswith(f"{model.base_model_prefix}."))
@@ -177,7 +180,7 @@ def _loaded(kind: Any, config: ModelConfig, **options: Any) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise GuilomoError(
             f"model.path = {config.path!r} cannot be loaded: {reason} "
-            "Give a folder with config.json and weights, or a model name that the Hub or its cache has."
+            "Give a folder with config.json and model.safetensors, or a model name that the Hub or its cache has."
         ) from error
 
 

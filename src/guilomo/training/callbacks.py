@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from guilomo.errors import GuilomoError
-from guilomo.layers import RouterHealth, router_health
+from guilomo.layers import RouterHealth, first_non_finite, remedy, router_health
 from guilomo.layers.balance import RouterStatistics
+from guilomo.layers.finite import NOWHERE
 from guilomo.tuner import RoutingContext
 
 Progress = Callable[[int, int, str], None]
@@ -54,9 +56,12 @@ class RouterHealthCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            counted = {name: _numbers(s) for name, s in self.context.statistics.items()}
-            health = {name: h.to_dict() for name, h in self.health.items()}
-            (folder / HEALTH_FILE).write_text(json.dumps({"counted": counted, "health": health}), encoding="utf-8")
+            (folder / HEALTH_FILE).write_text(json.dumps(self.content()), encoding="utf-8")
+
+    def content(self) -> dict[str, Any]:
+        """What `restore` reads from `HEALTH_FILE`, JSON-ready."""
+        counted = {name: _numbers(s) for name, s in self.context.statistics.items()}
+        return {"counted": counted, "health": {name: h.to_dict() for name, h in self.health.items()}}
 
     def restore(self, checkpoint: Path, device: torch.device | None = None) -> None:
         """Takes up the counts and the last reading of a checkpoint, if it has them."""
@@ -116,27 +121,66 @@ def _statistics(numbers: dict[str, Any], device: torch.device | None) -> RouterS
     return RouterStatistics(**{name: torch.tensor(value, device=device) for name, value in numbers.items()})
 
 
+class DivergedError(GuilomoError):
+    """The training loss or its gradient is not finite."""
+
+
 class FiniteLossCallback(TrainerCallback):
-    """Stops the training at the first logged loss that is not finite.
+    """Stops the training before an update by a loss or a gradient that is not finite, with a `DivergedError`.
+
+    The error names the step, the module where that arose (the batch is run once more to find it), and what to lower.
 
     Args:
-        remedy: what the user can do about it.
+        group: what the user calls the group of `learning_rate` and `max_grad_norm`.
     """
 
-    def __init__(self, remedy: str) -> None:
-        self.remedy = remedy
+    def __init__(self, group: str = "train") -> None:
+        self.group = group
+        self.passes: list[tuple[dict[str, Any], Tensor]] = []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise GuilomoError(f"The training loss was {loss} at step {state.global_step}. {self.remedy}")
+        self.hook = kwargs["model"].register_forward_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, model: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled() and isinstance(output, dict) and output.get("loss") is not None:
+            self.passes.append((inputs, output["loss"].detach()))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.passes.clear()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:  # the gradient scaler meets infinite gradients by design, and skips their step
+            return
+        model = kwargs["model"]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        # One look at the device for all of them.
+        *losses, size = torch.stack([*(loss for _, loss in self.passes), norm]).tolist()
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad or not math.isfinite(size):
+            said = f"training loss was {losses[bad[0]]}" if bad else f"gradient norm was {size}"
+            where = self._where(model, bad)
+            advice = remedy(self.group, args.learning_rate, args.max_grad_norm, model)
+            raise DivergedError(f"The {said} at step {state.global_step + 1}, {where}. {advice}")
+
+    def _where(self, model: nn.Module, bad: list[int]) -> str:
+        """Among the micro-batches of the step, the first at fault; all are tried where only the gradient is."""
+        self.hook.remove()
+        found = NOWHERE
+        for inputs, _ in [self.passes[i] for i in bad[:1]] or self.passes:
+            if found == NOWHERE:
+                found = first_non_finite(model, lambda inputs=inputs: model(**inputs)["loss"])  # type: ignore[misc]
+        return found
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.hook.remove()
 
 
 class ProgressCallback(TrainerCallback):

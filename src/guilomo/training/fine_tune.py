@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainingArguments
 
 from guilomo.layers import RouterHealth
 from guilomo.tasks import Task
 from guilomo.training.callbacks import FiniteLossCallback, Progress, ProgressCallback, RouterHealthCallback
+from guilomo.training.checkpoint import FileTrainer
 from guilomo.training.config import TrainConfig
 from guilomo.tuner import context_of
 
@@ -67,7 +67,6 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int, use_cpu: bo
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
-        save_total_limit=1,
         seed=seed,
         data_seed=seed,
         remove_unused_columns=False,
@@ -97,43 +96,62 @@ def fine_tune(
     """Trains the model's adapter; a checkpoint found in `folder` is continued, to the same bits.
 
     Args:
-        model: a PeftModel. task: its rows. folder: for checkpoints.
+        model: a PeftModel. task: its rows. folder: for the checkpoint, ``training.safetensors``.
         seed: of data order and dropout. progress: called as (step, steps, text).
         should_stop: asked after every step; when true a checkpoint is written and `Interrupted` raised.
 
     Raises:
-        GuilomoError: the loss is not finite.
+        DivergedError: the loss or its gradient is not finite.
+        GuilomoError: the checkpoint is damaged, was made with other settings, or cannot be written.
         Interrupted: see `should_stop`.
     """
-    folder = Path(folder)
-    rows = [*task.train, *task.held_out] if config.use_held_out else task.train
-    health = RouterHealthCallback(context_of(model.get_base_model()), config.log_every)  # type: ignore[operator]
-    finite = FiniteLossCallback(f"Lower train.learning_rate (now {config.learning_rate}).")
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(config, folder, seed, on_cpu),
-        train_dataset=rows,
-        data_collator=task.collate,
-        callbacks=[health, finite, ProgressCallback(progress, should_stop)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = TrainerState.load_from_json(str(Path(last) / "trainer_state.json")) if last else TrainerState()
-    started, state = time.perf_counter(), before
-    if last and before.global_step >= before.max_steps:
-        # Trainer would take one more step from the checkpoint of the last one.
-        set_peft_model_state_dict(model, load_peft_weights(last, device=str(next(model.parameters()).device)))
-        health.restore(Path(last))
-    else:
-        trainer.train(resume_from_checkpoint=last)
-        state = trainer.state
-    seconds = time.perf_counter() - started
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        trainer = _trainer(model, task, config, Path(folder), Path(scratch), seed)
+        trainer.add_callback(ProgressCallback(progress, should_stop))
+        before = trainer.last_state()
+        started, state = time.perf_counter(), before
+        if before.global_step and before.global_step >= before.max_steps:
+            # Trainer would take one more step from the checkpoint of the last one.
+            trainer.load_weights()
+            trainer.health.restore(Path(str(trainer.unpacked(before))))
+        else:
+            trainer.train(resume_from_checkpoint=trainer.unpacked(before))
+            state = trainer.state
+        seconds = time.perf_counter() - started
     if state.global_step < state.max_steps:
         raise Interrupted(f"Training stopped at step {state.global_step} of {state.max_steps}.")
     done = state.global_step - before.global_step
     curve = loss_curve([float(log["loss"]) for log in state.log_history if "loss" in log], config.log_every)
-    return TrainResult(state.global_step, seconds, seconds / done if done else None, curve, health.health)
+    return TrainResult(state.global_step, seconds, seconds / done if done else None, curve, trainer.health.health)
+
+
+def _trainer(model: nn.Module, task: Task, config: TrainConfig, folder: Path, scratch: Path, seed: int) -> FileTrainer:
+    health = RouterHealthCallback(context_of(model.get_base_model()), config.log_every)  # type: ignore[operator]
+    trainer = FileTrainer(
+        folder / "training.safetensors",
+        _identity(model, task, config, seed),
+        health,
+        model=model,
+        args=training_arguments(config, scratch, seed, next(model.parameters()).device.type == "cpu"),
+        train_dataset=[*task.train, *task.held_out] if config.use_held_out else task.train,
+        data_collator=task.collate,
+        callbacks=[health, FiniteLossCallback()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _identity(model: nn.Module, task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
+    """What must agree for a checkpoint to be continued."""
+    (adapter,) = model.peft_config.values()  # type: ignore[operator]
+    return {
+        **config.model_dump(mode="json"),
+        "seed": seed,
+        "data_hash": task.data_hash,
+        "allocation": getattr(adapter, "allocation", None),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 def loss_curve(losses: list[float], every: int) -> list[tuple[int, float]]:

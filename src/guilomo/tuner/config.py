@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from guilomo.allocation.plan import SCALINGS, Allocation
 from guilomo.errors import invalid, unknown
+from guilomo.files import check_checksum, refuse_pickle, write_checksum
 from guilomo.layers.balance import BALANCE_FORMS
 from guilomo.layers.routers import router_class
 from guilomo.tuner.card import add_loading_section
@@ -142,9 +143,26 @@ class LoraMoeConfig(PeftConfig):
             raise invalid("router_weights", self.router_weights, "unset unless router='fixed'", "Set router='fixed'.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT; also tells in the folder's README how another process loads the adapter."""
+        """As in PEFT; also tells in the folder's README how another process loads the adapter, and writes the checksum
+        of the weights, which PEFT has saved before its config."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(Path(save_directory), self.base_model_name_or_path)
+        write_checksum(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoraMoeConfig:
+        """As in PEFT; looks at the weights beside a local config first, for PEFT loads them next.
+
+        Raises:
+            GuilomoError: they are pickled, or do not match their checksum.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        refuse_pickle(folder)
+        check_checksum(folder)
+        config: LoraMoeConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
 
     @property
     def plan(self) -> Allocation | None:
