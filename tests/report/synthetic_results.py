@@ -137,7 +137,12 @@ def search(layers: int = 6, shapes: Any = MINILM, stack: str = "encoder.layer", 
         "seconds": 214.0,
         "stopped_early": False,
         "estimate": {"modules": len(names)},
-        "movement": {"experts": 1.31, "ranks": 1.08},
+        "moved": {
+            "experts": {"mean": 1.31, "max": 2.4},
+            "ranks": {"mean": 1.08, "max": 2.2},
+            "modules": 0.92,
+            "warning": None,
+        },
         "trajectory": {
             "step": list(range(steps)),
             "train_loss": [1.7 * math.exp(-s / 60) + 0.5 + rng.gauss(0, 0.06) for s in range(steps)],

@@ -160,7 +160,7 @@ def test_write_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("disk gone")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(GuilomoError, match=r"report\.html could not be written \(disk gone\)"):
         write_report({"schema": 1, "name": "second"}, target)
     assert "first" in target.read_text(encoding="utf-8")
     assert list(target.parent.iterdir()) == [target]

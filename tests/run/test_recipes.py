@@ -52,6 +52,10 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         (["task.name="], lambda c: c.task.name is None),
         (["search.steps=100", "search.steps=50"], lambda c: c.search.steps == 50),
         (["train.epochs=0.5"], lambda c: c.train.epochs == 0.5),
+        (
+            ["sweep.learning_rates=[1e-3, 0.01]", "train.use_held_out=false"],
+            lambda c: c.sweep.learning_rates[0] == 1e-3,
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -90,6 +94,11 @@ def test_overrides(tmp_path: Path, overrides: list[str], read: Any) -> None:
         ("evaluation.metric=exact_match", "does not fit task.kind = 'classification'"),
         ("evaluation.generate=true", "contradicts task.kind = 'classification'"),
         ("search.warmup_steps=900", "Lower warmup_steps"),
+        ("sweep.learning_rates=[0.1]", "at least 2 different rates"),
+        ("sweep.learning_rates=[0.1, 0.1]", "at least 2 different rates"),
+        ("sweep.learning_rates=[0.1, -1]", "finite numbers above 0"),
+        ("sweep.learning_rates=[0.1, .inf]", "finite numbers above 0"),
+        ("sweep.learning_rates=[0.1, 0.2]", "Set train.use_held_out to false"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(tmp_path: Path, override: str, says: str) -> None:

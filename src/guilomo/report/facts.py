@@ -17,7 +17,7 @@ from guilomo.report.reading import (
     same_size,
     sizes_of,
 )
-from guilomo.report.units import DASH, count, duration, lower_is_better, number, plain, title_of, unit_of
+from guilomo.report.units import DASH, count, duration, lower_is_better, number, plain, share, title_of, unit_of
 
 
 def facts_of(results: Results) -> list[str]:
@@ -78,7 +78,8 @@ def search_facts(results: Results) -> dict[str, Any] | None:
     search = part(results, "search")
     if not search:
         return None
-    movement = part(search, "movement")
+    moved = part(search, "moved")
+    searches = search.get("searches") or []
     return {
         "relaxation": search.get("relaxation") or DASH,
         "hypergradient": search.get("hypergradient") or DASH,
@@ -86,8 +87,14 @@ def search_facts(results: Results) -> dict[str, Any] | None:
         "outer": count(search.get("outer_steps")),
         "time": duration(search.get("seconds")),
         "early": bool(search.get("stopped_early")),
-        "experts": plain(movement.get("experts")),
-        "ranks": plain(movement.get("ranks")),
+        "experts": plain(part(moved, "experts").get("mean")),
+        "experts_most": plain(part(moved, "experts").get("max")),
+        "ranks": plain(part(moved, "ranks").get("mean")),
+        "ranks_most": plain(part(moved, "ranks").get("max")),
+        "modules": share(moved.get("modules")),
+        "warnings": [part(one, "moved").get("warning") for one in searches or [search]],
+        "searches": len(searches),
+        "agreement": plain(search.get("agreement")),
     }
 
 

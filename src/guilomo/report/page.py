@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from guilomo.files import replacing
 from guilomo.report import rows
 from guilomo.report.facts import facts_of, made_of, metric_facts, search_facts, size_facts
 from guilomo.report.grid import grid_of
 from guilomo.report.heatmap import DETAILED_ROWS
 from guilomo.report.palette import DARK, LIGHT
 from guilomo.report.pictures import pictures_of
-from guilomo.report.reading import Results, allocation_of, check_schema, label_of, lead_of, part
+from guilomo.report.reading import Results, allocation_of, check_schema, label_of, lead_of, methods_of, part
 from guilomo.report.units import duration
 
 
@@ -45,16 +45,13 @@ def write_report(results: Results, path: str | Path) -> Path:
     Args:
         results: the parsed results.json.
         path: the HTML file; its folder is created.
+
+    Raises:
+        GuilomoError: as for `render`, or the file cannot be written.
     """
-    target, text = Path(path), render(results)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    target, content = Path(path), render(results).encode()
+    with replacing(target, len(content)) as unfinished:
+        unfinished.write_bytes(content)
     return target
 
 
@@ -76,6 +73,7 @@ def _context(results: Results) -> dict[str, Any]:
         "sizes": size_facts(results),
         "verdict": list(results.get("verdict") or []),
         "rows": rows.comparison_rows(results),
+        "swept": any(map(rows.rate_text, methods_of(results))),
         "tests": rows.test_rows(results),
         "routers": rows.router_rows(results),
         "costs": rows.cost_rows(results),

@@ -27,6 +27,7 @@ from guilomo.report.units import (
     number,
     p_value,
     plain,
+    share,
     title_of,
     unit_of,
 )
@@ -67,11 +68,19 @@ def comparison_rows(results: Results) -> list[Row]:
             "parameters": count(method.get("parameters")),
             "active": count(method.get("active_parameters")),
             "flops": compact(method.get("flops_per_token")),
+            "rate": rate_text(method),
+            "edge": bool(part(method, "sweep").get("edge")),
             "step": _times(step_ratio(results, method)),
             "step_ms": _milliseconds(step_seconds(method)),
         }
         for method in methods_of(results)
     ]
+
+
+def rate_text(method: Method) -> str:
+    """The learning rate that the sweep chose; empty without a sweep."""
+    chosen = number(part(method, "sweep").get("chosen"))
+    return "" if chosen is None else f"{chosen:g}"
 
 
 def _times(ratio: float | None) -> str:
@@ -126,7 +135,7 @@ def router_rows(results: Results) -> list[Row]:
             "lead": method is lead_of(results),
             "entropy": plain(health.entropy),
             "least": plain(health.least),
-            "largest": DASH if health.largest is None else f"{100 * health.largest:.0f}{THIN}%",
+            "largest": share(health.largest),
             "dead": f"{health.dead:g}",
             "alarm": health.dead > 0,
             "modules": _listed(health.modules),

@@ -26,11 +26,15 @@ def comparison_table(results: Results) -> Table:
     ratio = plain_lora(results) is not None
     for name in ("parameters", "active", "step vs LoRA" if ratio else "step time"):
         table.add_column(name, justify="right", no_wrap=True)
+    swept = any(row["rate"] for row in rows)
+    if swept:
+        table.add_column("rate", justify="right", no_wrap=True)
     for row in rows:
+        rate = [(row["rate"] or DASH) + (" edge" if row["edge"] else "")] if swept else []
         metrics = [_plain(f"{value} {interval}".strip()) for _, value, interval in row["metrics"]]
         step = row["step"] if ratio else row["step_ms"]
         style = "bold" if row["lead"] else None
-        table.add_row(_plain(row["label"]), *metrics, row["parameters"], row["active"], step, style=style)
+        table.add_row(_plain(row["label"]), *metrics, row["parameters"], row["active"], step, *rate, style=style)
     return table
 
 

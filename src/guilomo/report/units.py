@@ -85,6 +85,12 @@ def count(value: object) -> str:
     return DASH if found is None else _signed(found, 0)
 
 
+def share(value: object) -> str:
+    """A fraction as a whole percentage: `38 %`."""
+    found = number(value)
+    return DASH if found is None else f"{100 * found:.0f}{THIN}%"
+
+
 def compact(value: object) -> str:
     """Three significant digits with an SI prefix: `221k`, `1.24M`, `13.3G`."""
     found = number(value)

@@ -14,6 +14,8 @@ from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
+from guilomo.run.searches import search_folder, search_seeds, searches_of
+from guilomo.run.sweep import sweep_file
 
 if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
@@ -34,7 +36,7 @@ def results_of(run: Run) -> dict[str, Any]:
     config = run.config
     methods = [m for m in (_method(run, method) for method in config.methods) if m is not None]
     wanted = len(config.methods) * len(config.seeds)
-    search = config.folder / "search" / "search.json"
+    search = searches_of(run)
     metric = config.evaluation.metric or _leading_metric(methods)
     tests = _tests(run, methods)
     return {
@@ -46,16 +48,16 @@ def results_of(run: Run) -> dict[str, Any]:
         "status": "complete" if sum(len(m["runs"]) for m in methods) == wanted else "partial",
         "versions": environment.versions(),
         "hardware": environment.hardware(),
-        "seconds": _seconds(run, methods, search.exists()),
+        "seconds": _seconds(methods, search),
         "config": config.model_dump(mode="json"),
         "data": _data(run),
         "model": {"name": config.model.path, "parameters": run.facts["parameters"]},
         "budget": {"parameters": run.facts["budget"], "source": run.facts["budget_source"]},
-        "search": read_json(search) if search.exists() else None,
+        "search": search,
         "methods": [{k: v for k, v in m.items() if k != "rows"} for m in methods],
         "tests": tests,
         "primary_metric": metric,
-        "verdict": verdict(methods, tests, metric),
+        "verdict": verdict(methods, tests, metric) + sweep_notes(methods),
     }
 
 
@@ -76,10 +78,21 @@ def _data(run: Run) -> dict[str, Any]:
     }
 
 
-def _seconds(run: Run, methods: list[dict[str, Any]], searched: bool) -> dict[str, float]:
-    search = read_json(run.config.folder / "search" / "search.json")["seconds"] if searched else 0.0
-    train = sum(r["train_seconds"] for m in methods for r in m["runs"])
-    return {"search": search, "train": round(train, 1), "total": round(search + train, 1)}
+def _seconds(methods: list[dict[str, Any]], search: dict[str, Any] | None) -> dict[str, float]:
+    """Time by stage; the training at a sweep's chosen rate counts as the first seed's, not as the sweep's."""
+    searches = [] if search is None else search.get("searches", [search])
+    found = {
+        "search": sum(one["seconds"] for one in searches),
+        "sweep": sum(cell["seconds"] for m in methods if m["sweep"] for cell in _not_chosen(m["sweep"])),
+        "train": sum(r["train_seconds"] for m in methods for r in m["runs"]),
+    }
+    if not any(m["sweep"] for m in methods):
+        del found["sweep"]
+    return {name: round(seconds, 1) for name, seconds in {**found, "total": sum(found.values())}.items()}
+
+
+def _not_chosen(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in sweep["rates"] if cell["learning_rate"] != sweep["chosen"]]
 
 
 def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
@@ -87,7 +100,7 @@ def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     folder = run.config.folder / "methods" / method.name
     places = [folder / f"seed-{seed}" for seed in run.config.seeds]
     if method.strategy == SEARCHED:
-        places = [run.config.folder / "search"]
+        places = [search_folder(run.config, seed) for seed in search_seeds(run.config)]
     plans = [Allocation.load(p / "allocation.json") for p in places if (p / "allocation.json").exists()]
     if not plans:
         return None
@@ -102,10 +115,16 @@ def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
         "parameters": max(plan.parameters(run.router_cost) for plan in plans),
         "active_parameters": mean(plan.active_parameters(run.router_cost) for plan in plans),
         "flops_per_token": mean(plan.flops_per_token(run.router_cost) for plan in plans),
+        "sweep": _sweep(run, method),
         "runs": runs,
         "summary": _summary(runs),
         "rows": [r["rows"] for r in full],
     }
+
+
+def _sweep(run: Run, method: MethodConfig) -> dict[str, Any] | None:
+    path = sweep_file(run, method)
+    return {k: v for k, v in read_json(path).items() if k != "data_hash"} if path.exists() else None
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,6 +220,14 @@ def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]], metric: 
         runs = "one training run" if seeds == 1 else f"{seeds} training runs"
         out.append(f"Each method has {runs}; that says little about the luck of training: use more seeds.")
     return out
+
+
+def sweep_notes(methods: list[dict[str, Any]]) -> list[str]:
+    """A sentence on the methods whose learning rate was chosen at the edge of the grid."""
+    edge = [m["label"] for m in methods if m["sweep"] and m["sweep"]["edge"]]
+    if not edge:
+        return []
+    return [f"A better learning rate may lie beyond the grid for {_list(edge)}: widen sweep.learning_rates."]
 
 
 def _sentences(label: str, noun: str, better: list[str], worse: list[str], even: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +97,30 @@ class MethodConfig(BaseModel):
         return self
 
 
+class SweepConfig(BaseModel):
+    """Which learning rates every method is tried at, with the first training seed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rates: list[float] = Field(
+        default_factory=list,
+        description="Every method is trained once at each, with the run's first seed, and keeps the one of the lowest "
+        "held-out loss for all its seeds. Needs train.use_held_out: false. Empty: train.learning_rate for all.",
+    )
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _a_choice(cls, rates: list[float]) -> list[float]:
+        if any(not 0 < rate < math.inf for rate in rates):
+            raise ValueError(f"learning_rates = {rates} is not usable: expected finite numbers above 0.")
+        if rates and (len(rates) < 2 or len(set(rates)) < len(rates)):
+            raise ValueError(
+                f"learning_rates = {rates} is not usable: expected at least 2 different rates, or none. A single one "
+                "is train.learning_rate."
+            )
+        return rates
+
+
 LABELS = {
     "guilomo": "GuiLoMo (searched)",
     "lora": "LoRA (PEFT)",
@@ -141,6 +166,7 @@ class RunConfig(BaseModel):
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     methods: list[MethodConfig] = Field(
         default_factory=lambda: [MethodConfig(name=n) for n in ("guilomo", "lora", "uniform", "random")],
@@ -148,6 +174,11 @@ class RunConfig(BaseModel):
         description="Rows of the comparison, all at the same budget.",
     )
     seeds: list[int] = Field(default=[0], min_length=1, description="One training per method and seed.")
+    search_per_seed: bool = Field(
+        False,
+        description="A search of its own for every training seed (of seed search.seed + that seed), so that the search "
+        "is compared as a strategy, like the random control. Costs one search per seed.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -182,6 +213,11 @@ class RunConfig(BaseModel):
                 "only causal_lm writes answers. Set one or the other."
             )
         self._check_metric()
+        if self.sweep.learning_rates and self.train.use_held_out:
+            raise ValueError(
+                "sweep.learning_rates chooses by the held-out loss, but train.use_held_out = True trains on those "
+                "rows. Set train.use_held_out to false, or leave sweep.learning_rates empty."
+            )
         if self.search.max_experts < self.mixture.top_k:
             raise ValueError(
                 f"search.max_experts = {self.search.max_experts} is below mixture.top_k = {self.mixture.top_k}. "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from guilomo.allocation import Allocation
 from guilomo.run.config import SEARCHED
+from guilomo.run.searches import search_seeds
 from guilomo.search.data import rows_at, to_device
 from guilomo.search.estimate import estimate
 from guilomo.tasks import Task
@@ -38,6 +39,11 @@ def dry_run(run: Run) -> DryRun:
         f"methods   {_counted(len(config.methods), 'method')} × {_counted(len(config.seeds), 'seed')} "
         f"× {_counted(steps, 'step')}",
     ]
+    if rates := config.sweep.learning_rates:
+        lines.append(
+            f"sweep     {_counted(len(config.methods), 'method')} × {_counted(len(rates), 'learning rate')} with seed "
+            f"{config.seeds[0]}: {_counted(len(config.methods) * (len(rates) - 1), 'training')} more"
+        )
     if any(m.strategy == SEARCHED for m in config.methods):
         lines += _search_lines(run, steps)
     return DryRun(facts["plans"], "\n".join(lines))
@@ -64,12 +70,14 @@ def _search_lines(run: Run, steps: int) -> list[str]:
     job = run.search_job()
     batch = to_device(run.task.collate(rows_at(run.task.train, job.train_order(0))), job.device)
     found = estimate(job.problem, batch, run.config.search)
-    trainings = len(run.config.methods) * len(run.config.seeds)
+    rates, searches = run.config.sweep.learning_rates, len(search_seeds(run.config))
+    trainings = len(run.config.methods) * (len(run.config.seeds) + max(len(rates) - 1, 0))
     rows = run.config.train.batch_size * run.config.train.accumulation / run.config.search.batch_size
     training = found["seconds_per_step"] * rows * steps * trainings
     start = run.config.search
     return [
         f"search    {start.steps} steps from {start.max_experts} experts × rank {start.max_rank}: "
-        f"about {found['seconds']:.0f} s and {found['memory_gib']:.2f} GiB",
+        f"about {searches * found['seconds']:.0f} s and {found['memory_gib']:.2f} GiB"
+        + (f"; {searches} searches, one per seed" if run.config.search_per_seed else ""),
         f"training  about {training:.0f} s in all, by the same measured step",
     ]

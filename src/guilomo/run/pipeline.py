@@ -3,8 +3,10 @@
 Everything a stage makes lies in the run's folder; a stage whose result lies there is not done again.
 
     config.json                         the resolved recipe
-    search/search.safetensors           checkpoint; search/allocation.json, search/search.json: the result
-    methods/NAME/seed-S/allocation.json the plan of a method; only the random control's depends on the seed
+    search/search.safetensors           checkpoint; search/allocation.json, search/search.json: the result;
+                                        below search/seed-S/ where every training seed has its own search
+    methods/NAME/sweep/, sweep.json     the trainings that its learning rate was chosen by (see `guilomo.run.sweep`)
+    methods/NAME/seed-S/allocation.json the plan of a method for a training seed
     methods/NAME/seed-S/adapter/        the trained adapter; checkpoints/ while it is being trained
     methods/NAME/seed-S/result.json     its scores and per-row results
     results.json, report.html           the comparison
@@ -26,6 +28,7 @@ from torch import nn
 from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
+from guilomo.files import save_adapter
 from guilomo.report import write_report
 from guilomo.run.compare import results_of
 from guilomo.run.config import RANDOM, SEARCHED, MethodConfig, RunConfig
@@ -40,9 +43,13 @@ from guilomo.run.methods import (
     search_mixture,
 )
 from guilomo.run.model import load_model, load_tokenizer
+from guilomo.run.records import score_record, training_record
+from guilomo.run.searches import search_config, search_folder
+from guilomo.run.sweep import learning_rate, take_over
 from guilomo.search import Search, carry_weights
+from guilomo.search.distributed import rank
 from guilomo.tasks import Task, build_task
-from guilomo.training import Interrupted, TrainResult, fine_tune
+from guilomo.training import Interrupted, fine_tune
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, step, steps, a short text)."""
@@ -114,26 +121,38 @@ class Run:
                     f"{self.config.folder} already holds this run. Continue or show it with --resume, give another "
                     "output folder (--set output=...), or delete it."
                 )
-        write_json(path, present)
+        if rank() == 0:
+            write_json(path, present)
 
-    def search(self) -> Allocation:
-        """The searched allocation; runs or continues the search if it is not there yet."""
-        folder = self.config.folder / "search"
+    def search(self, seed: int | None = None) -> Allocation:
+        """The searched allocation; runs or continues the search if it is not there yet.
+
+        In a process group all processes search together, and the first one writes.
+
+        Args:
+            seed: the training seed it is for, if each has its own search; unset: the first.
+        """
+        folder = search_folder(self.config, self.config.seeds[0] if seed is None else seed)
         if (folder / "search.json").exists():
-            self._refuse_other_data(read_json(folder / "search.json"), folder)
+            self.refuse_other_data(read_json(folder / "search.json"), folder)
             return Allocation.load(folder / "allocation.json")
-        job = self.search_job()
-        result = job.run(lambda step, steps, text: self.progress("search", step, steps, text), self.should_stop)
-        if self.should_stop() and job.step < self.config.search.steps and not result.stopped_early:
+        job = self.search_job(seed)
+        stage = f"search seed {seed}" if self.config.search_per_seed else "search"
+        result = job.run(lambda step, steps, text: self.progress(stage, step, steps, text), self.should_stop)
+        if job.step < self.config.search.steps and not result.stopped_early:
             raise Interrupted(f"The search stopped at step {job.step} of {self.config.search.steps}.")
-        write_text(folder / "allocation.json", result.allocation.to_json())
-        write_json(folder / "search.json", {**result.to_dict(), "data_hash": self.task.data_hash})
+        self.progress(stage, job.step, job.step, result.moved.brief)
+        if rank() == 0:
+            write_text(folder / "allocation.json", result.allocation.to_json())
+            write_json(folder / "search.json", {**result.to_dict(), "data_hash": self.task.data_hash})
         return result.allocation
 
-    def search_job(self) -> Search:
-        seed = self.config.search.seed
-        model = get_peft_model(self.fresh_model(seed), search_mixture(self.config, self.task))
-        return Search(model, self.task, self.config.search, self.facts["budget"], self.config.folder / "search")
+    def search_job(self, seed: int | None = None) -> Search:
+        """The search for a training seed, at its beginning; see `search`."""
+        seed = self.config.seeds[0] if seed is None else seed
+        options = search_config(self.config, seed)
+        model = get_peft_model(self.fresh_model(options.seed), search_mixture(self.config, self.task))
+        return Search(model, self.task, options, self.facts["budget"], search_folder(self.config, seed))
 
     def plan(self, method: MethodConfig, seed: int) -> Allocation:
         """The allocation of a method for one training seed; for the searched one this runs the search.
@@ -141,7 +160,7 @@ class Run:
         Raises:
             GuilomoError: the plan does not fit the model or the budget.
         """
-        plan: Allocation = self.search() if method.strategy == SEARCHED else self._made_plan(method, seed)
+        plan: Allocation = self.search(seed) if method.strategy == SEARCHED else self._made_plan(method, seed)
         shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
         plan.check_against(shapes, self.facts["budget"], self.router_cost)
         return plan
@@ -154,52 +173,73 @@ class Run:
         return plan_method(method, self.config, nn.Module(), self.facts["shapes"], self.facts["budget"], seed)
 
     def train(self, method: MethodConfig, seed: int) -> dict[str, Any]:
-        """Trains and scores one method with one seed; returns the content of its result.json."""
+        """Trains and scores one method with one seed; returns the content of its result.json.
+
+        With a sweep this first chooses the method's learning rate; the first seed's training there is the final one.
+        """
         folder = self._folder(method, seed)
         if (folder / "result.json").exists():
             found: dict[str, Any] = read_json(folder / "result.json")
-            self._refuse_other_data(found, folder)
+            self.refuse_other_data(found, folder)
             return found
-        self._claim_for_data(folder)
+        self.claim_for_data(folder)
+        stage, rate = f"{method.name} seed {seed}", learning_rate(self, method)
+        if self.config.sweep.learning_rates and seed == self.config.seeds[0]:
+            model, training = take_over(self, method, rate, folder)
+        else:
+            model, training = self.fit(method, seed, rate, folder, stage)
+        result = {"seed": seed, "learning_rate": rate, **training, **self._score(model, stage)}
+        write_json(folder / "result.json", result)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def fit(
+        self, method: MethodConfig, seed: int, learning_rate: float, folder: Path, stage: str
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Trains one method into a folder: allocation.json, adapter/, and checkpoints/ while it lasts.
+
+        Returns:
+            The trained model, and what there is to say about the training (see `training_record`).
+
+        Raises:
+            DivergedError: the loss is not finite.
+            Interrupted: the run was asked to stop.
+        """
         plan = self.plan(method, seed)
         write_text(folder / "allocation.json", plan.to_json())
         model = attach(self.fresh_model(seed), plan, method, self.config, self.task)
         if method.strategy == SEARCHED and self.config.train.start_from_search:
-            self._start_from_search(model)
-        stage = f"{method.name} seed {seed}"
+            self._start_from_search(model, seed)
         trained = fine_tune(
             model,
             self.task,
-            self.config.train,
+            self.config.train.model_copy(update={"learning_rate": learning_rate}),
             folder / "checkpoints",
             seed=seed,
             progress=lambda step, steps, text: self.progress(stage, step, steps, text),
             should_stop=self.should_stop,
         )
-        model.save_pretrained(str(folder / "adapter"))
-        result = self._score(model, trained, stage)
-        write_json(folder / "result.json", {"seed": seed, **result})
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return {"seed": seed, **result}
+        save_adapter(model, folder / "adapter")
+        return model, training_record(trained)
 
-    def _start_from_search(self, model: nn.Module) -> None:
-        job = self.search_job()
+    def _start_from_search(self, model: nn.Module, seed: int) -> None:
+        job = self.search_job(seed)
         job.resume()
         if job.step == 0:
             raise GuilomoError(
-                f"train.start_from_search needs the searched weights, but {self.config.folder / 'search'} holds no "
+                f"train.start_from_search needs the searched weights, but {job.folder} holds no "
                 "checkpoint any more. Delete that folder to search again, or turn start_from_search off."
             )
         carry_weights(job.model, job.vectors, model)
 
-    def _claim_for_data(self, folder: Path) -> None:
+    def claim_for_data(self, folder: Path) -> None:
         """Ties a half-done training to its rows; a checkpoint must not be continued on others."""
         marker = folder / "data.json"
         if marker.exists():
-            self._refuse_other_data(read_json(marker), folder)
+            self.refuse_other_data(read_json(marker), folder)
         write_json(marker, {"data_hash": self.task.data_hash})
 
-    def _refuse_other_data(self, found: dict[str, Any], folder: Path) -> None:
+    def refuse_other_data(self, found: dict[str, Any], folder: Path) -> None:
         """Results are compared row by row, so they must be of the same rows."""
         if found["data_hash"] != self.task.data_hash:
             raise GuilomoError(
@@ -207,29 +247,15 @@ class Run:
                 "output folder (--set output=...), or delete this one."
             )
 
-    def _score(self, model: nn.Module, trained: TrainResult, stage: str) -> dict[str, Any]:
+    def _score(self, model: nn.Module, stage: str) -> dict[str, Any]:
         scored = evaluate(
             model,
             self.task,
             batch_size=self.config.evaluation.batch_size,
             generate=self.config.evaluation.generate,
             progress=lambda done, rows: self.progress(f"{stage}: test", done, rows, ""),
-        ).to_dict()
-        health = trained.health
-        router = {
-            "load": {name: [round(v, 4) for v in h.load] for name, h in health.items()},
-            "entropy": {name: round(h.load_entropy, 4) for name, h in health.items()},
-            "dead": {name: len(h.dead) for name, h in health.items()},
-        }
-        return {
-            "data_hash": scored["data_hash"],
-            "metrics": scored["metrics"],
-            "train_seconds": round(trained.seconds, 2),
-            "step_seconds": None if trained.step_seconds is None else round(trained.step_seconds, 5),
-            "loss_curve": trained.loss_curve,
-            "router": router if health else None,
-            "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "correct")},
-        }
+        )
+        return score_record(scored)
 
     def results(self) -> dict[str, Any]:
         """results.json from whatever stages are done."""
