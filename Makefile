@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all quality
+.PHONY: demo test test-all test-quantised test-floor quality
 
 demo: .venv/.demo
 	.venv/bin/guilomo run recipes/demo.yaml --resume
@@ -9,8 +9,15 @@ demo: .venv/.demo
 test: .venv/.dev
 	.venv/bin/python -m pytest -m "not slow and not gpu"
 
-test-all: .venv/.dev
+test-all: .venv/.dev test-quantised
 	.venv/bin/python -m pytest -m "not gpu"
+
+test-quantised: .venv/.dev
+	PYTHONPATH=.venv/quantised .venv/bin/python -m pytest tests/conformance/test_quantised_bases.py
+
+# The oldest PEFT that works, with all else as in constraints.txt.
+test-floor: .venv-floor/.dev
+	.venv-floor/bin/python -m pytest tests/layers tests/tuner tests/conformance -m "not slow and not gpu"
 
 quality: .venv/.dev
 	.venv/bin/ruff check .
@@ -25,4 +32,11 @@ quality: .venv/.dev
 .venv/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target .venv/quantised bitsandbytes torchao
 	touch $@ .venv/.demo
+
+.venv-floor/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv-floor/bin/python -m pip install --quiet peft==0.21.0
+	touch $@

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_tools import attach, logits, reload, train_a_step
 
+from adapter_tools import attach, logits, reload, train_a_step
 from guilomo import Allocation
 from guilomo.tuner import LoraMoeLayer
 from tiny_models import ARCHITECTURES, DECODERS, build, inputs_for

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_tools import attach, logits
 
+from adapter_tools import attach, logits
 from guilomo import GuilomoError
 from guilomo.tuner import LoraMoeLayer
 from tiny_models import build, inputs_for

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_tools import attach, gradients
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from adapter_tools import attach, gradients
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.tuner import LoraMoeLayer
 from tiny_models import build, inputs_for

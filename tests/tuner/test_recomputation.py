@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_tools import attach, gradients
 from peft import PeftModel
 from torch import Tensor
 
+from adapter_tools import attach, gradients
 from guilomo.layers import router_statistics
 from guilomo.tuner import LoraMoeLayer, context_of
 from tiny_models import build, inputs_for

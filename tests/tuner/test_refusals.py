@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_tools import attach, logits
 from peft import PeftMixedModel, get_peft_model
 
+from adapter_tools import attach, logits
 from guilomo import Allocation, GuilomoError, LoraMoeConfig, ModulePlan
 from guilomo.tuner.registration import register
 from tiny_models import build, inputs_for

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_tools import attach, logits, reload, train_a_step
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapter_tools import attach, logits, reload, train_a_step
 from guilomo import Allocation, GuilomoError, LoraMoeConfig, ModulePlan
 from guilomo.tuner import LoraMoeLayer, adaptable_modules
 from tiny_models import build, inputs_for
@@ -144,6 +144,7 @@ def test_weights_that_do_not_belong_are_refused(damage: object, low_memory: bool
     tensors = load_file(tmp_path / WEIGHTS)
     message = damage(tensors)
     save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / f"{WEIGHTS}.sha256").unlink()
     with pytest.raises(GuilomoError, match=rf"do not belong to the allocation.*'default'.*{message}"):
         reload(build("llama"), tmp_path, low_cpu_mem_usage=low_memory)
 

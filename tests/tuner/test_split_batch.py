@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_tools import attach
 from torch import Tensor, nn
 
+from adapter_tools import attach
 from guilomo.tuner import SelectionMasks, context_of
 from tiny_models import build, inputs_for
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_tools import attach, logits, reload
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from adapter_tools import attach, logits, reload
 from tiny_models import VOCABULARY, build, inputs_for
+from trainer_tools import KeepGradients
 
 ROWS = 16
 
@@ -42,17 +43,6 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
-
-
-class KeepGradients(TrainerCallback):
-    """The gradients that the optimiser is given at the first step."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _arguments(folder: Path, **options: Any) -> TrainingArguments:

@@ -7,61 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_tools import logits, reload
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from guilomo import LoraMoeConfig
+from adapter_tools import logits, reload
 from guilomo.tuner import LoraMoeLayer
-from tiny_models import VOCABULARY, build, inputs_for
+from tiny_models import build, inputs_for
+from trainer_tools import KeepGradients, language_mixture, text_of, trl_arguments, word_tokenizer
 
 trl = pytest.importorskip("trl", reason="the extra 'trl' is not installed")
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def _text(start: int, words: int) -> str:
-    return " ".join(f"w{3 + (start * 7 + i * 5) % (VOCABULARY - 3)}" for i in range(words))
-
-
-class KeepGradients(TrainerCallback):
-    def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _arguments(kind: type, folder: Path, **options: Any) -> Any:
-    fixed = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
-    given = {"save_strategy": "no", "max_grad_norm": 0.0, "max_steps": 1, "activation_checkpointing": False, **options}
-    return kind(output_dir=str(folder), dataloader_pin_memory=False, learning_rate=0.01, **fixed, **given)
-
-
-def _config(z_loss: float = 0.0, **options: Any) -> LoraMoeConfig:
-    given = {"num_experts": 3, "r": 2, "target_modules": "all-linear", "init_lora_weights": False, **options}
-    return LoraMoeConfig(task_type="CAUSAL_LM", balance_loss=None, z_loss_coefficient=z_loss, **given)
+def tokenizer() -> Any:
+    return word_tokenizer()
 
 
 def _sft(folder: Path, tokenizer: Any, z_loss: float = 0.0, **options: Any) -> tuple[Any, KeepGradients]:
     torch.manual_seed(0)
     kept = KeepGradients()
-    rows = Dataset.from_list([{"text": _text(i, 9)} for i in range(16)])
+    rows = Dataset.from_list([{"text": text_of(i, 9)} for i in range(16)])
     trainer = trl.SFTTrainer(
         model=build("llama"),
-        args=_arguments(trl.SFTConfig, folder, **options),
+        args=trl_arguments(trl.SFTConfig, folder, **options),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=_config(z_loss),
+        peft_config=language_mixture(z_loss),
         callbacks=[kept],
     )
     trainer.train()
@@ -96,17 +67,17 @@ def test_sft_router_losses_follow_the_scale(tmp_path: Path, tokenizer: Any) -> N
 
 def test_preference_losses_keep_the_router_losses(tmp_path: Path, tokenizer: Any) -> None:
     """DPO pushes chosen answers up and rejected ones down; their sum must not cancel the router losses."""
-    rows = [{"prompt": _text(i, 3), "chosen": _text(i + 1, 4), "rejected": _text(i + 2, 4)} for i in range(8)]
+    rows = [{"prompt": text_of(i, 3), "chosen": text_of(i + 1, 4), "rejected": text_of(i + 2, 4)} for i in range(8)]
     found = []
     for z_loss in (10.0, 0.0):
         torch.manual_seed(0)
         kept = KeepGradients()
         trainer = trl.DPOTrainer(
             model=build("llama"),
-            args=_arguments(trl.DPOConfig, tmp_path, per_device_train_batch_size=4),
+            args=trl_arguments(trl.DPOConfig, tmp_path, per_device_train_batch_size=4),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            peft_config=_config(z_loss),
+            peft_config=language_mixture(z_loss),
             callbacks=[kept],
         )
         trainer.train()

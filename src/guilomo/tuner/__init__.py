@@ -2,6 +2,7 @@
 
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of
+from guilomo.tuner.fixed_gates import fixed_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
@@ -18,6 +19,7 @@ __all__ = [
     "SelectionMasks",
     "adaptable_modules",
     "context_of",
+    "fixed_gates",
     "plan_for_router",
     "target_shapes",
 ]

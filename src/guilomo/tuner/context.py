@@ -7,6 +7,7 @@ wrapper, which untyped models and transformers' own ``add_adapter`` bypass). It 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,10 @@ from guilomo.tuner.loss_scale import measure_loss_scale, token_share
 
 @dataclass
 class SelectionMasks:
-    """The search's masks for one module: ``log_expert (E,)`` is added to the logits, ``rank (R,)`` multiplies rows."""
+    """The search's masks for one module: ``log_expert (E,)`` is added to the logits, ``rank (R,)`` multiplies rows.
+
+    Or, with a mask for every row of the batch, ``(B, E)`` and ``(B, R)``.
+    """
 
     log_expert: Tensor | None
     rank: Tensor | None
@@ -42,6 +46,8 @@ class RoutingContext:
         masks: the search's masks by module; empty outside a search.
         training_rows: how many leading rows of a split batch are training rows; None for an ordinary batch.
         attach_losses: False while a loss is wanted without the routers' auxiliary losses.
+        collected: where auxiliary losses go instead of into the backward, for second derivatives; None: attached.
+        total: adds up router statistics over processes before a router loss is made of them; None: each its own.
     """
 
     real: Tensor | None = None
@@ -54,6 +60,8 @@ class RoutingContext:
     masks: dict[str, SelectionMasks] = field(default_factory=dict)
     training_rows: int | None = None
     attach_losses: bool = True
+    collected: list[Tensor] | None = None
+    total: Callable[[RouterStatistics], RouterStatistics] | None = None
 
     def split_at(self, x: Tensor) -> int | None:
         """Rows of the leading dimension of `x` that are training rows; None for an ordinary batch.
@@ -69,6 +77,22 @@ class RoutingContext:
                 "come first in every adapted layer. Use hypergradient='unrolled' for this model."
             )
         return self.training_rows * (x.shape[0] // self.batch_size)
+
+    def masks_for(self, module: str, x: Tensor) -> SelectionMasks | None:
+        """The masks of a module, those for rows of the batch shaped to fit ``x (N, ..., I)``; None outside a search."""
+        masks = self.masks.get(module)
+        return None if masks is None else SelectionMasks(*(self._for_rows_of(x, m) for m in vars(masks).values()))
+
+    def _for_rows_of(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        if mask is None or mask.dim() == 1:
+            return mask
+        if x.shape[0] % len(mask):
+            raise RuntimeError(
+                f"Masks for a batch of {len(mask)} rows met a layer input of shape {tuple(x.shape)}: the batch must "
+                "come first in every adapted layer. Use search.masks='soft' for this model."
+            )
+        repeated = mask.repeat_interleave(x.shape[0] // len(mask), dim=0)
+        return repeated.view(x.shape[0], *[1] * (x.dim() - 2), -1)
 
     def counted(self, x: Tensor) -> Tensor | None:
         """Which tokens of ``x (..., I)`` count in router statistics, shaped ``x.shape[:-1]``; None for all."""
@@ -105,7 +129,8 @@ def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs:
     first = next((t for t in inputs.values() if isinstance(t, Tensor) and t.dim()), None)
     context.batch_size = first.shape[0] if first is not None else None
     context.pending.clear()
-    context.scale.value = 1.0
+    if first is not None and torch.is_grad_enabled():
+        context.scale.reset(first.device)
     context.in_forward = True
 
 

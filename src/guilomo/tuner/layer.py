@@ -33,7 +33,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("molora_layout", "molora_dropout", "molora_loss")
+    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "fixed_gates")
 
     def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
         super().__init__()
@@ -47,6 +47,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_loss: dict[str, RouterLoss] = {}
+        self.fixed_gates: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -88,7 +89,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         """``y + B (s * gate * A x)``, with the adapter's router loss attached."""
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self.molora_layout[adapter]
         assert isinstance(layout, ExpertLayout)
-        masks = self.context.masks.get(self.name)
+        masks = self.context.masks_for(self.name, x)
         x = self._cast_input_dtype(x, a.dtype)
         split = self.context.split_at(x)
         routing = self._route(x, adapter, masks, split)
@@ -117,19 +118,24 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if adapter == self.active_adapters[0]:  # one record per module: adapters may differ in their expert counts
             self.context.observe(self.name, statistics)
         value = loss(self.context, statistics) if needed else None
-        return y if value is None else attach_loss(y, value, self.context.scale)
+        if value is None:
+            return y
+        if self.context.collected is not None:
+            self.context.collected.append(value)
+            return y
+        return attach_loss(y, value, self.context.scale)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``(O, I)`` change of the weight at the adapter's constant gates.
+        """``(O, I)`` change of the weight at the adapter's constant gates, or at those of `fixed_gates`.
 
         Raises:
             GuilomoError: the gates depend on the token, so there is no one matrix.
         """
-        gates = self.constant_gates(adapter)
+        gates = self.fixed_gates[adapter] if adapter in self.fixed_gates else self.constant_gates(adapter)
         layout = self.molora_layout[adapter]
         assert isinstance(layout, ExpertLayout)
         a, b = self.molora_A[adapter], self.molora_B[adapter]
-        delta: Tensor = (b * (gates.to(b.dtype) @ layout.spread.to(b.dtype))) @ a
+        delta: Tensor = (b * (gates.to(b) @ layout.spread.to(b.dtype))) @ a
         return delta
 
     def constant_gates(self, adapter: str) -> Tensor:
@@ -174,9 +180,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return stored.to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return adapter_name not in self.molora_router or bool(
-            getattr(self.molora_router[adapter_name], "static", False)
-        )
+        routed = adapter_name in self.molora_router and not getattr(self.molora_router[adapter_name], "static", False)
+        return not routed or adapter_name in self.fixed_gates
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()

@@ -6,7 +6,7 @@ incoming gradient, before any layer's backward runs.
 
 Two outputs are tapped: ``loss``, and ``log_probs`` of the fused outputs of TRL's SFTTrainer, which computes its own
 token-level loss from them. There, a mean negative log-likelihood over N tokens sends ``-1/N`` to each of its tokens,
-so the negated sum is this micro-batch's share of the loss.
+so the negated sum over the labelled ones is this micro-batch's share of the loss.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from guilomo.layers.attach import LossScale
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, scale: LossScale, share: float | Tensor, sign: float) -> Tensor:
-        ctx.scale, ctx.share, ctx.sign = scale, share, sign
+    def forward(ctx: Any, value: Tensor, scale: LossScale, weight: float | Tensor) -> Tensor:
+        ctx.scale, ctx.weight = scale, weight
         # A clone, not a view: trainers multiply the loss in place, which autograd refuses on views.
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        scale = grad.detach().sum().float() * ctx.sign * ctx.share
-        if ctx.sign < 0:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = grad.detach() * ctx.weight
+        scale = parts.sum().float()
+        if parts.dim():
             # Preference losses push some log-probabilities down: the sum then says nothing about the scale.
-            scale = torch.where((grad > 0).any(), 1.0, scale)
-        ctx.scale.value = scale
-        return grad, None, None, None
+            scale = torch.where((parts < 0).any(), ctx.scale.unmeasured, scale)
+        ctx.scale.value.copy_(scale)
+        return grad, None, None
 
 
 def token_share(model: nn.Module, inputs: dict[str, Any]) -> float | Tensor:
@@ -62,8 +63,11 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 def measure_loss_scale(output: Any, scale: LossScale, share: float | Tensor) -> Any:
     """Taps the output's loss so that its backward sets `scale`; returns the output."""
-    for name, sign in (("loss", 1.0), ("log_probs", -1.0)):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor) and value.requires_grad and (name == "log_probs" or value.dim() == 0):
-            setattr(output, name, _Tap.apply(value, scale, share if name == "loss" else 1.0, sign))
+    loss, log_probs = getattr(output, "loss", None), getattr(output, "log_probs", None)
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0:
+        output.loss = _Tap.apply(loss, scale, share)
+    label_mask = getattr(output, "label_mask", None)
+    if isinstance(log_probs, Tensor) and log_probs.requires_grad and isinstance(label_mask, Tensor):
+        # Positions without a label have the constant log-probability 0, and a gradient like all others.
+        output.log_probs = _Tap.apply(log_probs, scale, -label_mask.to(log_probs.dtype))
     return output

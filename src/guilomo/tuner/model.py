@@ -120,12 +120,19 @@ def refuse_other_weights(model: nn.Module, adapter_name: str, given: dict[str, T
     """Strict loading: the given tensors must be exactly those of the model's adapter.
 
     Raises:
-        GuilomoError: naming missing or extra keys, wrong shapes, or modules whose ranks follow another allocation.
+        GuilomoError: naming missing or extra keys, wrong shapes, values that are not finite, or modules whose ranks
+            follow another allocation.
     """
     ours = re.compile(rf"(^|\.)molora_\w+\.{re.escape(adapter_name)}(\.|$)")
     expected = {k: v for k, v in model.state_dict().items() if ours.search(k)}
     loose = {k.removeprefix("base_model.model."): v for k, v in given.items() if ".molora_" in k}
     wanted = {k.removeprefix("base_model.model."): v for k, v in expected.items()}
+    broken = [k for k, v in given.items() if not v.isfinite().all()]
+    if broken:
+        raise GuilomoError(
+            f"The weights of adapter {adapter_name!r} are damaged: {broken[0]} holds values that are not finite. Copy "
+            "the adapter again, or train it again."
+        )
     problems = [f"missing {k}" for k in wanted if k not in loose]
     problems += [f"extra {k}" for k in loose if k not in wanted]
     for key in wanted.keys() & loose.keys():

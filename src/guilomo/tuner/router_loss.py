@@ -45,6 +45,8 @@ class RouterLoss:
             statistics = ran[0]
             for other in ran[1:]:
                 statistics = statistics + other
+        if context.total is not None:
+            statistics = context.total(statistics)
         value = self.z_coefficient * z_loss(statistics)
         if self.form is not None:
             value = value + self.balance_coefficient * balance_loss(self.form, statistics)
