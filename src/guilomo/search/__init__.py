@@ -3,6 +3,7 @@
 from guilomo.search.carry import carry_weights
 from guilomo.search.config import SearchConfig
 from guilomo.search.data import SearchData
+from guilomo.search.distributed import process_group
 from guilomo.search.hypergradient import HYPERGRADIENTS
 from guilomo.search.loop import Search, search
 from guilomo.search.mixture import search_sized
@@ -17,6 +18,7 @@ __all__ = [
     "SearchResult",
     "SelectionVectors",
     "carry_weights",
+    "process_group",
     "search",
     "search_sized",
 ]

@@ -24,6 +24,8 @@ def carry_weights(searched: nn.Module, vectors: SelectionVectors, final: nn.Modu
         if isinstance(layer, LoraMoeLayer):
             rank_mask = masks[layer.name].rank
             assert rank_mask is not None
+            if vectors.sampled:  # a row that was drawn contributed whole
+                rank_mask = torch.ones_like(rank_mask)
             _carry_layer(sources[layer.name], layer, rank_mask)
     _carry_heads(searched, final)
 

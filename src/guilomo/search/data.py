@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from guilomo.errors import GuilomoError
+from guilomo.search.distributed import totals
 
 Batch = dict[str, Tensor]
 
@@ -63,6 +64,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def twice(batch: Batch) -> Batch:
+    """The batch's rows, followed by the same rows again."""
+    rows = len(batch["labels"])
+    return {k: torch.cat([v, v]) if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
+
+
 def row_losses(model: nn.Module, batch: Batch, data: SearchData) -> tuple[Tensor, Tensor]:
     """Loss sums and counts ``(B,)`` of a batch, from the model's logits."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -72,8 +79,9 @@ def row_losses(model: nn.Module, batch: Batch, data: SearchData) -> tuple[Tensor
 
 
 def mean_loss(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean over scored labels; the count is at least 1, so that a batch without labels gives 0."""
-    return sums.sum() / counts.sum().clamp_min(1)
+    """Mean over the scored labels of all processes; the count is at least 1, so that no labels give 0."""
+    total, count = totals([sums.sum(), counts.sum()])
+    return total / count.clamp_min(1)
 
 
 def check_rows(data: SearchData) -> None:

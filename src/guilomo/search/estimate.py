@@ -42,16 +42,21 @@ def estimate(problem: Problem, batch: Batch, config: SearchConfig) -> dict[str, 
         took.append(time.perf_counter() - started)
     state.restore(problem.weights)
     return {
-        "seconds": round(_seconds(min(took), config), 1),
+        "seconds": round(_seconds(min(took), problem, config), 1),
         "seconds_per_step": round(min(took), 4),
         "memory_gib": round(_memory(problem, kept, config) / 2**30, 3),
     }
 
 
-def _seconds(one_pass: float, config: SearchConfig) -> float:
+def _held_out_rows(problem: Problem, config: SearchConfig) -> int:
+    """Rows an outer step sees; those under two draws count twice."""
+    return config.held_out_batch_size * (2 if problem.vectors.pairs else 1)
+
+
+def _seconds(one_pass: float, problem: Problem, config: SearchConfig) -> float:
     outer_steps = max(config.steps - config.warmup_steps, 0) / config.outer_every
     extra = PASSES[config.hypergradient]
-    rows = config.held_out_batch_size / config.batch_size
+    rows = _held_out_rows(problem, config) / config.batch_size
     per_outer = rows if config.hypergradient == "first_order" else extra * (1 + rows) / 2
     return one_pass * (config.steps + outer_steps * per_outer)
 
@@ -62,5 +67,5 @@ def _memory(problem: Problem, kept: dict[int, int], config: SearchConfig) -> flo
     weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
     trained = sum(w.numel() * w.element_size() for w in problem.weights)
     copies = 1 + (2 if config.optimizer == "adamw" else 0) + (1 if config.hypergradient != "first_order" else 0)
-    rows = 1 + config.held_out_batch_size / config.batch_size
+    rows = 1 + _held_out_rows(problem, config) / config.batch_size
     return weights + copies * trained + activations * rows

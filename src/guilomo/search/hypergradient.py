@@ -7,7 +7,8 @@ tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guilomo.search.data import Batch, SearchData, mean_loss, row_losses
+from guilomo.errors import GuilomoError
+from guilomo.search.data import Batch, SearchData, mean_loss, row_losses, twice
+from guilomo.search.distributed import totals
+from guilomo.search.draws import Rows, show
 from guilomo.search.inner import Snapshot, clip_factor, virtual_update
-from guilomo.search.split_pass import masked, without_router_losses
+from guilomo.search.split_pass import collected_router_losses, masked, without_router_losses
 from guilomo.search.vectors import SelectionVectors
 from guilomo.tuner import RoutingContext
 
 
 @dataclass
 class Problem:
-    """The bilevel problem at one moment: model, vectors, inner optimiser and one batch of each kind."""
+    """The bilevel problem at one step: model, vectors, inner optimiser and one batch of each kind."""
 
     model: nn.Module
     context: RoutingContext
@@ -33,6 +37,7 @@ class Problem:
     data: SearchData
     max_grad_norm: float | None
     outer_loss: str = "log"
+    step: int = 0
 
     @property
     def weights(self) -> list[Tensor]:
@@ -42,34 +47,78 @@ class Problem:
     def selection(self) -> list[Tensor]:
         return list(self.vectors.parameters())
 
-    def train_loss(self, batch: Batch) -> Tensor:
-        with masked(self.context, self.vectors.masks()):
-            return mean_loss(*row_losses(self.model, batch, self.data))
+    def train_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """The inner objective; `model` stands in for the problem's own."""
+        with self._training(batch, model) as loss:
+            return loss
 
-    def held_out_loss(self, batch: Batch) -> Tensor:
+    def held_out_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """The outer objective: the mean held-out loss or its logarithm, without auxiliary losses."""
-        with without_router_losses(self.context), masked(self.context, self.vectors.masks()):
-            value = mean_loss(*row_losses(self.model, batch, self.data))
-        return outer(value, self.outer_loss)
+        with self._holding_out(batch, model) as loss:
+            return loss
+
+    def train_gradients(self, batch: Batch, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the inner objective."""
+        with self._training(batch) as loss:
+            return _gradients(loss, wanted)
+
+    def held_out_gradients(self, batch: Batch, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the outer objective."""
+        with self._holding_out(batch) as loss:
+            return _gradients(loss, wanted)
+
+    @contextmanager
+    def _training(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
+        with self._losses(batch, (Rows.TRAIN, Rows.TRAIN_AGAIN), model) as (mean, score):
+            yield mean + score
+
+    @contextmanager
+    def _holding_out(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
+        kinds = (Rows.HELD_OUT, Rows.HELD_OUT_AGAIN)
+        with without_router_losses(self.context), self._losses(batch, kinds, model) as (mean, score):
+            yield outer(mean, score, self.outer_loss)
+
+    @contextmanager
+    def _losses(
+        self, batch: Batch, kinds: tuple[Rows, Rows], model: nn.Module | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mean loss, and the zero that carries its gradient through drawn counts.
+
+        The masks apply within, because checkpointed layers run again in the backward.
+        """
+        rows, pairs = len(batch["labels"]), self.vectors.pairs
+        shown = show(self.vectors, self.step, [(kind, rows) for kind in (kinds if pairs else kinds[:1])])
+        with masked(self.context, shown.masks):
+            sums, counts = row_losses(model or self.model, twice(batch) if pairs else batch, self.data)
+            yield mean_loss(sums, counts), shown.score(sums, counts)
 
 
-def outer(loss: Tensor, kind: str) -> Tensor:
-    """The held-out loss as the selection vectors see it."""
-    return loss.clamp_min(1e-12).log() if kind == "log" else loss
+def outer(loss: Tensor, score: Tensor, kind: str) -> Tensor:
+    """The held-out loss as the selection vectors see it, with the `score` of its draws (see `draws.Shown.score`)."""
+    if kind == "mean":
+        return loss + score
+    floored = loss.clamp_min(1e-12)
+    return floored.log() + score / floored.detach()
 
 
 Hypergradient = Callable[[Problem, Batch, Batch], list[Tensor]]
 
 
 def _gradients(loss: Tensor, wanted: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """Gradients of the global batch, 0 where the loss does not reach."""
     found = torch.autograd.grad(loss, list(wanted), allow_unused=True, **options)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+    if all(g is None for g in found):
+        raise GuilomoError(
+            "The loss reaches neither weights nor selection vectors. Reentrant gradient checkpointing hides them: turn "
+            "it on with use_reentrant=False, or not at all, or use hypergradient = 'first_order'."
+        )
+    return totals([torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)])
 
 
 def first_order(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
     """``d L_held_out(w, g) / d g`` at the present weights (DARTS' first-order form, arXiv 1806.09055)."""
     state = Snapshot.take(problem.weights)
-    result = _gradients(problem.held_out_loss(held_out), problem.selection)
+    result = problem.held_out_gradients(held_out, problem.selection)
     state.restore(problem.weights)
     return result
 
@@ -85,7 +134,7 @@ def unrolled(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
     weights, selection = problem.weights, problem.selection
     state = Snapshot.take(weights)
     jacobian = _virtual_step(problem, train)
-    outer_grads = _gradients(problem.held_out_loss(held_out), weights + selection)
+    outer_grads = problem.held_out_gradients(held_out, weights + selection)
     v, direct = outer_grads[: len(weights)], outer_grads[len(weights) :]
     state.restore_weights(weights)
     u = [j * g for j, g in zip(jacobian, v, strict=True)]
@@ -106,7 +155,7 @@ def _move_to(weights: list[Tensor], values: list[Tensor]) -> None:
 def _virtual_step(problem: Problem, train: Batch) -> list[Tensor]:
     """Moves the weights by one step of the inner optimiser; returns the diagonal of its Jacobian."""
     weights = problem.weights
-    gradients = _gradients(problem.train_loss(train), weights)
+    gradients = problem.train_gradients(train, weights)
     factor = clip_factor(gradients, problem.max_grad_norm)
     moved, jacobian = _updates(problem, weights, [g * factor for g in gradients])
     _move_to(weights, [m.detach() for m in moved])
@@ -131,7 +180,7 @@ def _selection_gradient_at(
         for w, start, d in zip(problem.weights, state.weights, direction, strict=True):
             w.copy_(start + eps * d)
     state.restore_rng()
-    return _gradients(problem.train_loss(train), problem.selection)
+    return problem.train_gradients(train, problem.selection)
 
 
 def exact(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
@@ -142,31 +191,27 @@ def exact(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
     leaves = [w.detach().clone().requires_grad_(True) for w in weights]
     # Fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        train_loss = _loss_at(problem, train, names, leaves)
-        gradients = _gradients(train_loss, leaves, create_graph=True)
+        with collected_router_losses(problem.context) as router_losses:
+            train_loss = problem.train_loss(train, _Swapped(problem.model, names, weights, leaves))
+        gradients = _gradients(sum(router_losses, train_loss), leaves, create_graph=True)
         factor = clip_factor(gradients, problem.max_grad_norm)
         moved, _ = _updates(problem, leaves, [g * factor for g in gradients])
-        with without_router_losses(problem.context):
-            held_out_loss = outer(_loss_at(problem, held_out, names, moved), problem.outer_loss)
-        # The router losses are in the training gradient by now. This second backward passes their nodes again, and
-        # must not feed them a second time.
-        problem.context.scale.value = 0.0
+        held_out_loss = problem.held_out_loss(held_out, _Swapped(problem.model, names, weights, moved))
         result = _gradients(held_out_loss, selection)
-        problem.context.scale.value = 1.0
     state.restore(weights)
     return [g.detach() for g in result]
 
 
-def _loss_at(problem: Problem, batch: Batch, names: dict[int, str], values: list[Tensor]) -> Tensor:
-    """Mean loss of a batch with the trained weights replaced by `values`."""
-    replaced = {names[id(p)]: value for p, value in zip(problem.weights, values, strict=True)}
+class _Swapped(nn.Module):
+    """A model with its trained weights replaced by other tensors."""
 
-    class Swapped(nn.Module):
-        def forward(self, **inputs: Any) -> Any:
-            return torch.func.functional_call(problem.model, replaced, (), inputs)
+    def __init__(self, model: nn.Module, names: dict[int, str], weights: list[Tensor], values: list[Tensor]) -> None:
+        super().__init__()
+        self.model = [model]  # in a list: not a part of this module
+        self.values = {names[id(w)]: value for w, value in zip(weights, values, strict=True)}
 
-    with masked(problem.context, problem.vectors.masks()):
-        return mean_loss(*row_losses(Swapped(), batch, problem.data))
+    def forward(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self.model[0], self.values, (), inputs)
 
 
 def authors_code(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
@@ -180,12 +225,12 @@ def authors_code(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor
     """
     weights, selection = problem.weights, problem.selection
     state = Snapshot.take(weights)
-    at_w = _gradients(problem.train_loss(train), weights + selection)
+    at_w = problem.train_gradients(train, weights + selection)
     train_w, train_g = at_w[: len(weights)], at_w[len(weights) :]
     factor = clip_factor(train_w, problem.max_grad_norm)
     moved, _ = _updates(problem, weights, [g * factor for g in train_w])
     _move_to(weights, [m.detach() for m in moved])
-    after = _gradients(problem.held_out_loss(held_out), weights + selection)
+    after = problem.held_out_gradients(held_out, weights + selection)
     val_w, val_g = after[: len(weights)], after[len(weights) :]
     v = [a + b for a, b in zip(train_w, val_w, strict=True)]
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in v])))

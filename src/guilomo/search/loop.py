@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from guilomo.allocation import Allocation
 from guilomo.allocation.learned import learned
 from guilomo.errors import GuilomoError
+from guilomo.search import distributed
 from guilomo.search.config import SearchConfig
 from guilomo.search.data import Batch, RowOrder, SearchData, check_rows, mean_loss, row_losses, rows_at, to_device
+from guilomo.search.draws import Rows, Shown, show
 from guilomo.search.estimate import estimate
+from guilomo.search.finite import finite_values, gradient_norm
 from guilomo.search.hypergradient import HYPERGRADIENTS, Problem, outer
 from guilomo.search.inner import learning_rate_at, make_optimizer
 from guilomo.search.mixture import SearchMixture
+from guilomo.search.moved import Moved, start_of
 from guilomo.search.result import SearchResult
 from guilomo.search.split_pass import masked, split_batch
 from guilomo.search.stability import Stability
@@ -50,9 +54,12 @@ def search(
         folder: where checkpoints go; a checkpoint found there is continued, to the same bits.
         progress: see `Progress`.
 
+    In a process group (``torchrun``, see `guilomo.search.process_group`) all processes call this alike and get the same
+    result; batch sizes count the rows of all of them.
+
     Raises:
-        GuilomoError: the budget is out of reach of the mixture, the task lacks rows, the loss is not finite, or a
-            checkpoint belongs to another search.
+        GuilomoError: the budget is out of reach of the mixture, the task lacks rows, the loss is not finite, a
+            checkpoint belongs to another search, or several processes cannot do what the config asks.
     """
     return Search(model, data, config, budget, folder).run(progress)
 
@@ -75,11 +82,13 @@ class Search:
         self.mixture = SearchMixture.of(self.model, self.config)
         self.mixture.check_budget(self.budget)
         self.device = next(self.model.parameters()).device
+        distributed.check_processes(self.config, self.device)
         torch.manual_seed(self.config.seed)
         router = self.mixture.router_parameters
         self.vectors = SelectionVectors(self.mixture.shapes, self.config, router).to(self.device)
         self.vectors.start_at(self.budget)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        distributed.start_alike(self.weights)
         self.optimizer = make_optimizer(self.weights, self.config)
         self.outer_optimizer = torch.optim.Adam(
             self.vectors.parameters(), lr=self.config.outer_learning_rate, betas=self.config.outer_betas
@@ -109,7 +118,9 @@ class Search:
         self.resume()
         self.model.train()
         if not self.foretold:
-            self.foretold = estimate(self.problem, self._batch(self.data.train, self.train_order(0)), self.config)
+            found = estimate(self.problem, self._batch(self.data.train, self.train_order(0)), self.config)
+            told = distributed.same_everywhere(*found.values(), device=self.device)
+            self.foretold = dict(zip(found, told, strict=True))
         if progress is not None and self.step < self.config.steps:
             expected = "about {seconds:.0f} s and {memory_gib:.2f} GiB in all".format(**self.foretold)
             progress(self.step, self.config.steps, expected)
@@ -120,7 +131,8 @@ class Search:
             self.step += 1
             self.seconds += time.perf_counter() - started
             self._look()
-            asked = should_stop()
+            decided = distributed.same_everywhere(should_stop(), self.seconds, device=self.device)
+            asked, self.seconds = bool(decided[0]), decided[1]
             last = asked or self.stability.reached or self.step == self.config.steps
             if last or self.step % self.config.checkpoint_every == 0:
                 self.save()
@@ -140,12 +152,14 @@ class Search:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.config)
         self.vectors.temperature = self._temperature(self.step)
-        train_rows = rows_at(self.data.train, self.train_order(self.step))
+        self.problem.step = self.step
+        distributed.seed_step(self.config.seed, self.step)
+        train_rows = rows_at(self.data.train, distributed.share(self.train_order(self.step)))
         if not self._is_outer():
             train, held_out = self._inner_step(self._collate(train_rows)), None
         else:
             index = self._outer_steps_before(self.step)
-            held_rows = rows_at(self.data.held_out, self.held_out_order(index))
+            held_rows = rows_at(self.data.held_out, distributed.share(self.held_out_order(index)))
             if self.config.hypergradient == "first_order":
                 train, held_out = self._split_step(train_rows, held_rows)
             else:
@@ -166,26 +180,40 @@ class Search:
         return float(start * (end / start) ** share)
 
     def _inner_step(self, batch: Batch) -> float:
-        """One weight step with the masks held constant."""
-        with masked(self.problem.context, self.vectors.masks(detach=True)):
+        """One weight step with the masks held constant; before the first outer step, sampled masks are all on."""
+        warming = self.vectors.sampled and self.step < self.config.warmup_steps
+        rows = [(Rows.TRAIN, len(batch["labels"]))]
+        shown = Shown({}) if warming else show(self.vectors, self.step, rows, learn_from=1)
+        with masked(self.problem.context, shown.masks):
             loss = mean_loss(*row_losses(self.model, batch, self.data))
             loss.backward()
-        value = self._finite(loss, "training")
-        self._update_weights()
+        distributed.all_reduce_gradients(self.weights)
+        norm = gradient_norm(self.weights)
+        value, _ = finite_values(self, batch, {"training loss": loss, "gradient norm": norm})
+        self._update_weights(norm)
         return value
 
     def _split_step(self, train_rows: list[Any], held_rows: list[Any]) -> tuple[float, float]:
         """A weight step and a selection step from one forward and backward over both kinds of rows."""
-        n = len(train_rows)
+        n, held = len(train_rows), len(held_rows)
+        groups = [(Rows.TRAIN, n), (Rows.HELD_OUT, held)]
+        if self.vectors.pairs:
+            held_rows = [*held_rows, *held_rows]
+            groups.append((Rows.HELD_OUT_AGAIN, held))
         batch = self._collate([*train_rows, *held_rows])
-        with split_batch(self.model, self.problem.context, n), masked(self.problem.context, self.vectors.masks()):
+        shown = show(self.vectors, self.step, groups, learn_from=1)
+        with split_batch(self.model, self.problem.context, n), masked(self.problem.context, shown.masks):
             sums, counts = row_losses(self.model, batch, self.data)
             train, held_out = mean_loss(sums[:n], counts[:n]), mean_loss(sums[n:], counts[n:])
-            (train + outer(held_out, self.config.outer_loss)).backward()
-        values = self._finite(train, "training"), self._finite(held_out, "held-out")
+            score = shown.score(sums[n:], counts[n:])
+            (train + outer(held_out, score, self.config.outer_loss)).backward()
+        distributed.all_reduce_gradients(self.weights + self.problem.selection)
+        norm, outer_norm = gradient_norm(self.weights), gradient_norm(self.problem.selection)
+        named = {"training loss": train, "held-out loss": held_out, "gradient norm": norm, "hypergradient": outer_norm}
+        values = finite_values(self, batch, named)
         self._outer_update()
-        self._update_weights()
-        return values
+        self._update_weights(norm)
+        return values[0], values[1]
 
     def _outer_update(self) -> None:
         """Adds the budget's pull to the hypergradient and moves the selection vectors."""
@@ -194,9 +222,9 @@ class Search:
         self.outer_optimizer.step()
         self.outer_optimizer.zero_grad(set_to_none=True)
 
-    def _update_weights(self) -> None:
+    def _update_weights(self, norm: Tensor) -> None:
         if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.config.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -206,27 +234,19 @@ class Search:
         with masked(self.problem.context, self.vectors.masks(detach=True)):
             loss = mean_loss(*row_losses(self.model, batch, self.data))
         torch.set_rng_state(rng)
-        return self._finite(loss, "held-out")
-
-    def _finite(self, loss: Tensor, kind: str) -> float:
-        value = float(loss.detach())
-        if value != value or value in (float("inf"), float("-inf")):
-            raise GuilomoError(
-                f"The {kind} loss became {value} at step {self.step} of the search. Lower search.learning_rate "
-                f"(now {self.config.learning_rate}) or set search.max_grad_norm."
-            )
-        return value
+        named = {"held-out loss": loss, "hypergradient": gradient_norm(self.problem.selection)}
+        return finite_values(self, batch, named)[0]
 
     def _collate(self, rows: list[Any]) -> Batch:
         return to_device(self.data.collate(rows), self.device)
 
     def _batch(self, rows: Any, indices: list[int]) -> Batch:
-        return self._collate(rows_at(rows, indices))
+        return self._collate(rows_at(rows, distributed.share(indices)))
 
-    def allocation(self) -> Allocation:
-        """The present preference, projected onto the budget."""
+    def allocation(self, vectors: SelectionVectors | None = None) -> Allocation:
+        """The preference of the present selection vectors, or of others, projected onto the budget."""
         plan = learned(
-            self.vectors.preference(self.budget),
+            (self.vectors if vectors is None else vectors).preference(self.budget),
             self.mixture.shapes,
             self.budget,
             max_experts=self.config.max_experts,
@@ -248,8 +268,9 @@ class Search:
             self.stability.note(self.allocation())
 
     def _result(self) -> SearchResult:
+        allocation, start = self.allocation(), start_of(self.vectors, self.budget)
         return SearchResult(
-            allocation=self.allocation(),
+            allocation=allocation,
             preference=self.vectors.preference(self.budget),
             budget=self.budget,
             config=self.config,
@@ -259,6 +280,7 @@ class Search:
             seconds=self.seconds,
             stopped_early=self.stability.reached and self.step < self.config.steps,
             estimate=self.foretold,
+            moved=Moved.between(start, self.vectors, self.allocation(start), allocation),
         )
 
     @property
@@ -267,16 +289,23 @@ class Search:
         return None if self.folder is None else Path(self.folder) / "search.safetensors"
 
     def save(self) -> None:
-        """Writes the whole state, atomically; without a folder it does nothing."""
-        if self.checkpoint is not None:
+        """Writes the whole state, atomically, once for all processes; without a folder it does nothing."""
+        if self.checkpoint is not None and distributed.rank() == 0:
             save_search(self, self.checkpoint)
+        distributed.wait_for_all()
 
     def resume(self) -> None:
         """Continues from the folder's checkpoint, if there is one.
 
         Raises:
-            GuilomoError: the checkpoint is damaged or of another search.
+            GuilomoError: the checkpoint is damaged, of another search, or not seen by every process.
         """
         if self.checkpoint is not None and self.checkpoint.exists():
             resume_search(self, self.checkpoint)
             self.vectors.temperature = self._temperature(max(self.step - 1, 0))  # of the last step done
+        (first,) = distributed.same_everywhere(self.step, device=self.device)
+        if self.step != first:
+            raise GuilomoError(
+                f"Process {distributed.rank()} stands at step {self.step}, process 0 at step {first:.0f}: they do not "
+                f"see the same checkpoint. Put the folder {self.folder} where all of them can read it."
+            )

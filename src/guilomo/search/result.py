@@ -8,6 +8,7 @@ from typing import Any
 from guilomo.allocation import Allocation
 from guilomo.allocation.preference import Preference
 from guilomo.search.config import SearchConfig
+from guilomo.search.moved import Moved
 from guilomo.search.trajectory import Trajectory
 
 
@@ -22,6 +23,7 @@ class SearchResult:
         config: the options used; trajectory: records along the way.
         steps, outer_steps, seconds: what it took; stopped_early: the allocation was stable before the last step.
         estimate: what was foretold before it started (see `guilomo.search.estimate`).
+        moved: how far the selection vectors went, see `Moved`.
     """
 
     allocation: Allocation
@@ -34,6 +36,7 @@ class SearchResult:
     seconds: float
     stopped_early: bool
     estimate: dict[str, float]
+    moved: Moved
 
     def to_dict(self) -> dict[str, Any]:
         """The ``search`` part of results.json."""
@@ -45,6 +48,6 @@ class SearchResult:
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
             "estimate": self.estimate,
-            "movement": self.trajectory.movement(),
+            "moved": {**self.moved.to_dict(), "warning": self.moved.warning(self.config)},
             "trajectory": self.trajectory.to_dict(list(self.preference.experts)),
         }

@@ -15,27 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from guilomo.errors import GuilomoError
+from guilomo.search.distributed import total_statistics, world
 from guilomo.tuner import LoraMoeLayer, RoutingContext, SelectionMasks
 
 
 @contextmanager
 def masked(context: RoutingContext, masks: dict[str, SelectionMasks]) -> Iterator[None]:
-    """Applies selection masks in every adapted layer."""
+    """Applies selection masks in every adapted layer; router losses within are those of the global batch."""
+    before = context.masks, context.total
     context.masks = masks
+    context.total = total_statistics if world() > 1 else None
     try:
         yield
     finally:
-        context.masks = {}
+        context.masks, context.total = before
 
 
 @contextmanager
 def without_router_losses(context: RoutingContext) -> Iterator[None]:
     """Leaves out the routers' auxiliary losses."""
+    before = context.attach_losses
     context.attach_losses = False
     try:
         yield
     finally:
-        context.attach_losses = True
+        context.attach_losses = before
+
+
+@contextmanager
+def collected_router_losses(context: RoutingContext) -> Iterator[list[Tensor]]:
+    """Yields a list that the routers' auxiliary losses are added to, in place of feeding the backward by themselves."""
+    context.collected = []
+    try:
+        yield context.collected
+    finally:
+        context.collected = None
 
 
 @contextmanager

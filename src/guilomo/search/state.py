@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from guilomo.errors import GuilomoError
-from guilomo.search.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
+from guilomo.files import (
+    flat,
+    load_state,
+    optimizer_tensors,
+    random_tensors,
+    refuse_other,
+    restore_optimizer,
+    restore_random,
+    save_state,
+    unflat,
+)
 from guilomo.search.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -32,13 +40,10 @@ MIXTURE_OPTIONS = (
 
 def save_search(search: Search, path: Path) -> None:
     """Writes weights, selection vectors, both optimisers, random numbers and records."""
-    tensors: dict[str, Tensor] = {f"weight.{i}": w for i, w in enumerate(search.weights)}
-    tensors |= {f"selection.{i}": g for i, g in enumerate(search.problem.selection)}
+    tensors = {"weights": flat(search.weights), "selection": flat(search.problem.selection)}
     tensors |= {f"trajectory.{k}": v for k, v in search.trajectory.tensors().items()}
     tensors |= optimizer_tensors(search.optimizer, "inner") | optimizer_tensors(search.outer_optimizer, "outer")
-    tensors["rng"] = torch.get_rng_state()
-    if search.device.type == "cuda":
-        tensors["cuda_rng"] = torch.cuda.get_rng_state(search.device)
+    tensors |= random_tensors(search.device)
     facts = {
         "identity": _identity(search),
         "step": search.step,
@@ -57,21 +62,18 @@ def resume_search(search: Search, path: Path) -> None:
         GuilomoError: the file is damaged or of another search.
     """
     tensors, facts = load_state(path)
-    _refuse_other_search(path, facts["identity"], _identity(search))
+    refuse_other(path, facts["identity"], _identity(search))
     with torch.no_grad():
-        for i, w in enumerate(search.weights):
-            w.copy_(tensors[f"weight.{i}"])
-        for i, g in enumerate(search.problem.selection):
-            g.copy_(tensors[f"selection.{i}"])
+        for name, held in (("weights", search.weights), ("selection", search.problem.selection)):
+            for parameter, saved in zip(held, unflat(tensors[name], [p.shape for p in held]), strict=True):
+                parameter.copy_(saved)
     restore_optimizer(search.optimizer, tensors, "inner")
     restore_optimizer(search.outer_optimizer, tensors, "outer")
     recorded = {k.removeprefix("trajectory."): v for k, v in tensors.items() if k.startswith("trajectory.")}
     search.trajectory = Trajectory.restored(facts["trajectory"], recorded)
     search.step, search.seconds, search.foretold = facts["step"], facts["seconds"], facts["estimate"]
     search.stability.looks = facts["looks"]
-    torch.set_rng_state(tensors["rng"])
-    if "cuda_rng" in tensors and search.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda_rng"], search.device)
+    restore_random(tensors, search.device)
 
 
 def _identity(search: Search) -> dict[str, Any]:
@@ -87,13 +89,3 @@ def _identity(search: Search) -> dict[str, Any]:
         "trained_parameters": sum(w.numel() for w in search.weights),
         "modules": search.vectors.names,
     }
-
-
-def _refuse_other_search(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    different = [k for k in present if saved.get(k) != present[k]]
-    if different:
-        shown = ", ".join(f"{k}: {saved.get(k)!r} then, {present[k]!r} now" for k in different[:4])
-        raise GuilomoError(
-            f"{path} is of a search with other settings ({shown}). Use the same settings to continue it, or another "
-            "output folder to start anew."
-        )

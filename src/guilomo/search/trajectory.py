@@ -44,15 +44,6 @@ class Trajectory:
         self.expert_vectors.append(vectors.experts.detach().cpu().clone())
         self.rank_vectors.append(vectors.ranks.detach().cpu().clone())
 
-    def movement(self) -> dict[str, float]:
-        """Mean absolute change of expected expert count and of expected rank from the first record to the last."""
-        if not self.step:
-            return {"experts": 0.0, "ranks": 0.0}
-        return {
-            "experts": float((self.experts[-1] - self.experts[0]).abs().mean()),
-            "ranks": float((self.ranks[-1] - self.ranks[0]).abs().mean()),
-        }
-
     def to_dict(self, names: list[str]) -> dict[str, Any]:
         """JSON-ready, by module; ranks are the mean over the experts expected to remain."""
         experts = torch.stack(self.experts) if self.experts else torch.zeros(0, len(names))

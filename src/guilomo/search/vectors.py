@@ -41,6 +41,16 @@ class SelectionVectors(nn.Module):
         self.register_buffer("row_cost", rows, persistent=False)
         self.register_buffer("router_cost", routers, persistent=False)
 
+    @property
+    def sampled(self) -> bool:
+        """Whether masks are draws, see `guilomo.search.draws`."""
+        return self.config.relaxation == "survival" and self.config.masks == "sampled"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows that teach are seen under two draws: when expert counts are drawn at all."""
+        return self.sampled and self.least_experts < self.config.max_experts
+
     def survival_masks(self) -> tuple[Tensor, Tensor]:
         """Soft masks over experts ``(M, E)`` and rank components ``(M, E, R)``."""
         experts = relax.survival(self.experts, self.temperature)
@@ -53,7 +63,10 @@ class SelectionVectors(nn.Module):
         return experts, relax.survival(self.ranks, self.temperature)
 
     def masks(self, detach: bool = False) -> dict[str, SelectionMasks]:
-        """What the layers apply, by module name; with `detach`, as constants."""
+        """What the layers apply, by module name; with `detach`, as constants.
+
+        Under sampled masks, these are not drawn: what is kept with a chance of at least one half is on.
+        """
         log_experts, ranks = self._survival_effect() if self.config.relaxation == "survival" else self._prefix_effect()
         if detach:
             log_experts, ranks = log_experts.detach(), ranks.detach()
@@ -65,16 +78,15 @@ class SelectionVectors(nn.Module):
 
     def _survival_effect(self) -> tuple[Tensor, Tensor]:
         experts, ranks = self.survival_masks()
-        if self.config.straight_through:
-            ranks = relax.harden(ranks)
-        if self.least_experts == 0:
-            # Routing weights are renormalised, so that a whole module fades only through its rows.
-            exists = experts[:, :1]
-            ranks = ranks * (relax.harden(exists) if self.config.straight_through else exists).unsqueeze(-1)
         log_experts = relax.log_survival(experts)
-        if self.config.straight_through:
+        exists = experts[:, :1]
+        if self.config.masks != "soft":
+            ranks, exists = relax.harden(ranks), relax.harden(exists)
             blocked = torch.where(experts >= 0.5, 0.0, relax.EXPERT_BLOCK).to(experts.dtype)
             log_experts = blocked + (log_experts - log_experts.detach())
+        if self.least_experts == 0:
+            # Routing weights are renormalised, so that a whole module fades only through its rows.
+            ranks = ranks * exists.unsqueeze(-1)
         return log_experts, ranks
 
     def _prefix_effect(self) -> tuple[Tensor, Tensor]:

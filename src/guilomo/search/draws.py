@@ -1,0 +1,107 @@
+"""Counts drawn from the preferences, row by row, and what the losses of the rows say about them (ours).
+
+A soft mask can be undone: weights grow until a component that is half on contributes as if it were whole, and at that
+point the loss no longer depends on the mask. So every row draws its counts anew and what is not drawn is off.
+
+Ranks learn by the gradient of their masks, taken straight through the draw. Between on and off the loss is nearly
+quadratic, and slopes taken at both ends give the difference. Expert counts cannot learn so: behind a router the slope
+says almost nothing about what one more expert is worth. They learn from losses. Every held-out row is seen under two
+independent draws, and with ``s`` the gradient of the log-probability of a draw
+
+    d E[L] / d g  =  E[ (L_1 - L_2) (s_1 - s_2) ] / 2
+
+which is the score-function estimator with the other draw as its baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guilomo.search import relaxation as relax
+from guilomo.search.distributed import rank, totals, world
+from guilomo.search.vectors import SelectionVectors
+from guilomo.tuner import SelectionMasks
+
+
+class Rows(IntEnum):
+    """Groups of rows in a step; each has draws of its own."""
+
+    TRAIN = 0
+    HELD_OUT = 1
+    HELD_OUT_AGAIN = 2
+    TRAIN_AGAIN = 3
+
+
+@dataclass
+class Shown:
+    """The masks of one batch.
+
+    Attributes:
+        masks: by module; empty: everything is on.
+        log_chance: ``(B,)`` log-probability of the expert counts each row drew; None when none were drawn.
+    """
+
+    masks: dict[str, SelectionMasks]
+    log_chance: Tensor | None = None
+
+    def score(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """``()`` zero, whose gradient is that of the mean loss through the draws of expert counts.
+
+        Args:
+            sums, counts: ``(2 B,)`` summed loss and scored labels of B rows under one draw and under another; they are
+                the last rows of the batch.
+        """
+        if self.log_chance is None:
+            return sums.new_zeros(())
+        gain = sums.detach().unflatten(0, (2, -1))
+        chance = self.log_chance[-len(sums) :].unflatten(0, (2, -1))
+        (count,) = totals([counts.sum()])
+        value: Tensor = ((gain[0] - gain[1]) * (chance[0] - chance[1])).sum() / count.clamp_min(1)
+        return value - value.detach()
+
+
+def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]], learn_from: int = 0) -> Shown:
+    """The masks of a batch made of `groups`, given as (kind, rows of this process); a function of seed and step.
+
+    All passes of a step, all processes and a resumed search see the same draws. Masks of groups before the
+    `learn_from`-th are constants. Without sampling all rows have the masks of `SelectionVectors.masks`.
+    """
+    if not vectors.sampled:
+        return Shown(vectors.masks(detach=learn_from >= len(groups)))
+    experts, ranks = vectors.survival_masks()
+    levels = torch.cat([_levels(vectors, step, kind, rows) for kind, rows in groups]).to(experts)
+    learns = torch.cat([torch.full((rows,), float(i >= learn_from)) for i, (_, rows) in enumerate(groups)]).to(experts)
+    kept = experts >= levels[..., :1]  # (B, M, E)
+    shown = (ranks >= levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
+    if learn_from < len(groups):
+        shown = shown + learns[:, None, None, None] * (ranks - ranks.detach())
+    if vectors.least_experts == 0:
+        shown = shown * kept[..., :1, None]
+    offsets = torch.where(kept, 0.0, relax.EXPERT_BLOCK).to(experts)
+    parts = zip(vectors.names, offsets.unbind(1), shown.flatten(2).unbind(1), strict=True)
+    masks = {name: SelectionMasks(None if e.shape[-1] == 1 else e, r) for name, e, r in parts}
+    return Shown(masks, _log_chance(experts, kept) if vectors.pairs else None)
+
+
+def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tensor:
+    """``(rows, M, 1 + E)`` uniform numbers: a count is drawn by keeping what is at least as likely as its level."""
+    m, e = vectors.ranks.shape[:2]
+    generator = np.random.default_rng([vectors.config.seed, step, int(kind)])
+    # Drawn for the rows of all processes, so that a row has the same draw wherever it is.
+    levels = generator.random((rows * world(), m, 1 + e), dtype=np.float32)[rank() :: world()]
+    return torch.from_numpy(np.ascontiguousarray(levels))
+
+
+def _log_chance(experts: Tensor, kept: Tensor) -> Tensor:
+    """``(B,)`` from survival masks ``(M, E)`` and the experts kept ``(B, M, E)``: ``sum_m log P(count = drawn)``."""
+    chance = -F.pad(F.pad(experts, (1, 0), value=1.0), (0, 1)).diff(dim=-1)  # (M, E + 1), of counts 0..E
+    drawn = kept.sum(-1, keepdim=True)
+    logs = chance.clamp_min(1e-12).log().expand(len(kept), -1, -1)
+    return logs.gather(-1, drawn).squeeze(-1).sum(-1)

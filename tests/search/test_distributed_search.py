@@ -1,0 +1,110 @@
+"""Two processes search as one does: the same gradients, the same allocation, the same bits after a stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joint_searches
+import pytest
+import torch
+from joint_searches import CASES, RESUMED, followed, joint_search
+from search_tools import assert_same_bits, relative_error
+
+from guilomo import GuilomoError
+
+PROCESSES = 2
+
+
+def _spawn(entry: Callable[..., None], folder: Path) -> list[int | None]:
+    """Runs an entry in fresh processes; returns their exit codes."""
+    context = multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=entry, args=(i, PROCESSES, folder), daemon=True) for i in range(PROCESSES)]
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for job in jobs:
+        job.start()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    for job in jobs:
+        job.join(timeout=300)
+    return [job.exitcode for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found in all cases."""
+    folder = tmp_path_factory.mktemp("joint")
+    assert _spawn(joint_searches.all_cases, folder) == [0, 0]
+    return [torch.load(folder / f"{i}.pt") for i in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_agree_to_the_bit(case: str, joint: list[dict[str, Any]]) -> None:
+    a, b = (found["cases"][case] for found in joint)
+    assert a["allocation"] == b["allocation"]
+    assert a["trajectory"] == b["trajectory"]
+    assert a["result"] == b["result"]
+    different = {k for k in a["bits"] if not torch.equal(a["bits"][k], b["bits"][k])}
+    assert different == {"rng"}  # dropout is drawn anew in each
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_follow_one(case: str, joint: list[dict[str, Any]]) -> None:
+    """Every gradient of every step: of weights and of selection vectors, router losses included."""
+    alone, together = followed(joint_search(case)), joint[0]["cases"][case]
+    assert together["allocation"] == alone["allocation"]
+    assert together["result"][:3] == alone["result"][:3]
+    assert len(together["gradients"]) == len(alone["gradients"])
+    for found, wanted in zip(together["gradients"], alone["gradients"], strict=True):
+        assert relative_error(found, wanted) < 1e-10
+    experts = [pair[0] for pair in alone["gradients"] if len(pair) == 2]
+    assert any((g != 0).any() for g in experts)
+    for key in ("train_loss", "held_out_loss"):
+        pairs = zip(together["trajectory"][key], alone["trajectory"][key], strict=True)
+        assert all(a == b if b is None else a == pytest.approx(b, rel=1e-10) for a, b in pairs)
+
+
+def test_resumed_after_every_step_to_the_same_bits(joint: list[dict[str, Any]]) -> None:
+    for found in joint:
+        for stop in range(1, RESUMED["steps"]):
+            assert_same_bits(found["resumed"][0], found["resumed"][stop])
+
+
+def test_process_0_decides_when_to_stop(joint: list[dict[str, Any]]) -> None:
+    assert [found["asked"] for found in joint] == [[3, RESUMED["steps"]]] * PROCESSES
+
+
+def test_all_start_from_the_weights_of_process_0(joint: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(*(found["unlike"] for found in joint), strict=True))
+
+
+def test_gradients_are_summed_where_any_process_has_them(joint: list[dict[str, Any]]) -> None:
+    for found in joint:
+        both, one, none = found["summed"]
+        assert both.tolist() == [3.0]
+        assert one.tolist() == [0.5, 7.0]
+        assert none is None
+
+
+def test_what_several_processes_cannot_do_is_refused(joint: list[dict[str, Any]]) -> None:
+    for found in joint:
+        assert "runs in one process, not in 2" in found["refused"]["exact"]
+        for name in ("batch_size", "held_out_batch_size"):
+            assert f"search.{name} = 1 leaves a process without rows" in found["refused"][name]
+    assert "folder" not in joint[0]["refused"]
+    assert "Process 1 stands at step 0, process 0 at step 4" in joint[1]["refused"]["folder"]
+
+
+def test_processes_that_have_not_joined_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GuilomoError, match=r"2 processes were started .* each would search alone"):
+        joint_search("log")
+
+
+def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
+    assert _spawn(joint_searches.one_leaves, tmp_path) == [0, 3]
+    assert torch.load(tmp_path / "0.pt")["seconds"] < 60
