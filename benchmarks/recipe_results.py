@@ -18,10 +18,12 @@ PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results of the shipped recipes
 
 Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/results/recipes`, each the `results.json` of
-one run. All methods of a run have the same budget of trainable parameters (routers included, task heads not), the same
-rows and the same learning rate; no rate was tuned. These runs show that the recipes work from end to end. They are too
-small, and most have too few seeds, to show which method is better; the plain words under each table say what its
-numbers allow. All but the demo ran on one thread, two at a time, so that their times are upper bounds.
+one run. All methods of a run have the same budget of trainable parameters (routers included, task heads not) and the
+same rows. Where a column `rate` stands, each method was trained at every rate of the recipe's sweep and the one of the
+lowest held-out loss was kept; `edge` says that it lies at an end of the sweep. LoRA, uniform, MoLA and AlphaLoRA have
+one plan; the random control draws a plan for every seed, and where the recipe says `search_per_seed` so does the
+search. The plain words under each table say what its numbers allow. Most ran on one thread, two at a time, so that
+their times are upper bounds.
 """
 
 
@@ -36,6 +38,23 @@ def show(summary: dict[str, Any], name: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def rate_of(method: dict[str, Any]) -> str:
+    """The learning rate that a method's sweep chose."""
+    sweep = method["sweep"]
+    return f"{sweep['chosen']:g}{' (edge)' if sweep['edge'] else ''}"
+
+
+def movement(search: dict[str, Any]) -> list[str]:
+    """How far the search moved, and how well the searches of several seeds agree."""
+    moved = search.get("moved")
+    if not moved:
+        return []
+    text = f"The search moved expected ranks by {moved['ranks']['mean']:.2f}"
+    text += f" and expert counts by {moved['experts']['mean']:.2f} on average"
+    agreement = search.get("agreement")
+    return [text + ("." if agreement is None else f"; searches of other seeds agree at Spearman {agreement:.2f}.")]
+
+
 def section(results: dict[str, Any]) -> str:
     """One run: what it was, the table, the verdict."""
     data, metric = results["data"], results["primary_metric"]
@@ -44,6 +63,8 @@ def section(results: dict[str, Any]) -> str:
     search = results["search"] or {"seconds": 0}
     sizes = " and ".join(f"{data['sizes'][s]} {s.replace('_', '-')}" for s in ("train", "held_out", "test"))
     name, cores = results["name"], results["hardware"]["cores"]
+    swept = any(method.get("sweep") for method in results["methods"])
+    head = [*columns, "parameters", *(["rate"] if swept else [])]
     lines = [
         f"## {name}",
         "",
@@ -51,16 +72,17 @@ def section(results: dict[str, Any]) -> str:
         f"{results['budget']['parameters']:,} parameters, seeds {', '.join(map(str, seeds))}. "
         f"Search {search['seconds']:.0f} s, all {results['seconds']['total']:.0f} s on {cores} cores.",
         "",
-        f"| method | {' | '.join(columns)} | parameters |",
-        f"| --- | {' | '.join('---:' for _ in columns)} | ---: |",
+        f"| method | {' | '.join(head)} |",
+        f"| --- | {' | '.join('---:' for _ in head)} |",
     ]
     for method in results["methods"]:
         cells = " | ".join(show(method["summary"], name) for name in columns)
-        lines.append(f"| {method['label']} | {cells} | {method['parameters']:,} |")
+        rate = f" {rate_of(method)} |" if swept else ""
+        lines.append(f"| {method['label']} | {cells} | {method['parameters']:,} |{rate}")
     chance = data.get("chance")
     if chance is not None and metric == "accuracy":
         lines += ["", f"Always saying the most frequent class gives {100 * chance:.1f}."]
-    lines += ["", *[f"- {sentence}" for sentence in results["verdict"]], ""]
+    lines += ["", *[f"- {sentence}" for sentence in (*results["verdict"], *movement(search))], ""]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from guilomo.search.distributed import all_reduce_gradients, rank
 
 CASES: dict[str, dict[str, Any]] = {
     "log": {},
+    "modules may go": {"min_experts": 0},
     "soft masks": {"masks": "soft"},
     "mean, SGD": {"outer_loss": "mean", "optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.05},
     "unrolled": {"hypergradient": "unrolled", "max_grad_norm": 0.05},

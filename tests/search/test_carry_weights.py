@@ -60,10 +60,11 @@ def _base_of(search: Search) -> nn.Module:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("scaling", ["alpha_over_r", "alpha_over_sqrt_r"])
 @pytest.mark.parametrize(("top_k", "least"), [(2, None), (1, None), (2, 1), (2, 0)])
-def test_hard_masks_carry_over(
-    top_k: int, least: int | None, scaling: str, dtype: torch.dtype, tolerance: float
+@pytest.mark.parametrize("masks", ["sampled", "hard"])
+def test_what_is_likelier_than_not_carries_over(
+    masks: str, top_k: int, least: int | None, scaling: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    config = small_config(max_experts=4, max_rank=5, top_k=top_k, min_experts=least, straight_through=True)
+    config = small_config(max_experts=4, max_rank=5, top_k=top_k, min_experts=least, masks=masks)
     search = _generic(mixture_search(config, scaling=scaling))
     with torch.no_grad():  # one module of few experts, one of many, and one that may go
         for m, favoured in enumerate((0, -1, 0)):
@@ -85,7 +86,8 @@ def test_hard_masks_carry_over(
 @pytest.mark.parametrize("scaling", ["alpha_over_r", "constant"])
 def test_one_expert_carries_over_exactly_under_soft_masks(scaling: str) -> None:
     """Without a router there is no offset to lose: soft masks fold into B whole."""
-    search = _generic(mixture_search(small_config(max_experts=1, top_k=1, max_rank=4), scaling=scaling), 1.0)
+    config = small_config(max_experts=1, top_k=1, max_rank=4, masks="soft")
+    search = _generic(mixture_search(config, scaling=scaling), 1.0)
     search.model.double()
     final = _fresh(search.mixture.plan, _base_of(search)).double()
     x = torch.randn(20, 8, dtype=torch.float64)
@@ -97,8 +99,7 @@ def test_one_expert_carries_over_exactly_under_soft_masks(scaling: str) -> None:
 
 
 def test_heads_are_carried() -> None:
-    config = small_config(straight_through=True)
-    search = _generic(mixture_search(config, modules_to_save=["head"]))
+    search = _generic(mixture_search(small_config(), modules_to_save=["head"]))
     before = copy.deepcopy(search.model.state_dict())
     final = _fresh(_unmasked_part(search), _base_of(search), modules_to_save=["head"])
     x = torch.randn(6, 8)
@@ -109,20 +110,24 @@ def test_heads_are_carried() -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_rows_beyond_the_plan_are_left_behind() -> None:
+@pytest.mark.parametrize("masks", ["sampled", "soft"])
+def test_rows_beyond_the_plan_are_left_behind(masks: str) -> None:
     """Expert e keeps its own first rows, wherever they lie in the packed matrix."""
-    config = small_config(max_experts=3, max_rank=3)
+    config = small_config(max_experts=3, max_rank=3, masks=masks)
     net = Residual(depth=1, width=8)
     base = copy.deepcopy(net)
     torch.manual_seed(5)
     search = Search(mixture(net, config), regression(8), config, 150)
+    with torch.no_grad():
+        search.vectors.ranks.copy_(torch.tensor([1.0, 0.0, 0.0]).expand_as(search.vectors.ranks))
     plan = Allocation({"layers.0": ModulePlan(8, 8, (2, 1), 2)}, alpha=search.mixture.plan.alpha)
     final = _fresh(plan, base)
     carry_weights(search.model, search.vectors, final)
     source, target = (m.get_base_model().layers[0] for m in (search.model, final))
     a, b = source.molora_A["default"], source.molora_B["default"]
     assert torch.equal(target.molora_A["default"], a[[0, 1, 3]])
-    mask = search.vectors.masks()["layers.0"].rank[[0, 1, 3]]
+    # Under sampled masks a row that was drawn contributed whole, however unlikely it was.
+    mask = 1 if masks == "sampled" else search.vectors.masks()["layers.0"].rank[[0, 1, 3]]
     scale = torch.tensor([2 / 3, 2 / 3, 1 / 3])  # r_found / r_max
     assert torch.allclose(target.molora_B["default"], b[:, [0, 1, 3]] * mask * scale)
     assert torch.equal(target.molora_router["default"].weight, source.molora_router["default"].weight[:2])

@@ -52,6 +52,11 @@ def test_two_processes_agree_to_the_bit(case: str, joint: list[dict[str, Any]]) 
     assert different == {"rng"}  # dropout is drawn anew in each
 
 
+def test_most_cases_draw_expert_counts() -> None:
+    drawn = {case for case in CASES if joint_search(case).vectors.pairs}
+    assert set(CASES) - drawn == {"soft masks", "prefix, authors"}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_follow_one(case: str, joint: list[dict[str, Any]]) -> None:
     """Every gradient of every step: of weights and of selection vectors, router losses included."""

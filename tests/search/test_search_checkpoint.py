@@ -20,9 +20,10 @@ STEPS = 10
 VARIANTS: dict[str, dict[str, Any]] = {
     "first_order": {},
     "unrolled": {"hypergradient": "unrolled"},
-    "sgd": {"optimizer": "sgd", "outer_every": 3},
+    "sgd": {"optimizer": "sgd", "outer_every": 3, "masks": "soft"},
     "prefix": {"relaxation": "prefix", "hypergradient": "authors_code"},
-    "may_go": {"min_experts": 0, "masks": "hard", "record_every": 3},
+    "may_go": {"min_experts": 0, "record_every": 3},
+    "hard": {"masks": "hard"},
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from guilomo import GuilomoError, LoraMoeConfig
 from guilomo.search import Search, search, search_sized
 from guilomo.search.estimate import _seconds, estimate
-from guilomo.search.inner import learning_rate_at
+from guilomo.search.schedule import learning_rate_at
 
 
 @pytest.mark.parametrize("share", [0.2, 0.45, 0.9, 1.0])
@@ -284,8 +284,9 @@ def test_the_estimate_is_of_the_right_order(hypergradient: str) -> None:
     assert at_least - 1e-3 < result.estimate["memory_gib"] < 5 * at_least
 
 
-def test_the_estimate_counts_passes() -> None:
-    """10 weight steps and 4 outer steps, with twice as many held-out rows as training rows."""
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_estimate_counts_passes(draws: int) -> None:
+    """10 weight steps and 4 outer steps, with twice as many held-out rows as training rows, each under some draws."""
     options = {"steps": 10, "warmup_steps": 2, "outer_every": 2, "batch_size": 4, "held_out_batch_size": 8}
-    assert _seconds(1.0, small_config(**options)) == 10 + 4 * 2
-    assert _seconds(0.5, small_config(**options, hypergradient="unrolled")) == 0.5 * (10 + 4 * 4 * 1.5)
+    assert _seconds(1.0, small_config(**options), draws) == 10 + 4 * draws * 2
+    assert _seconds(0.5, small_config(**options, hypergradient="unrolled"), draws) == 0.5 * (10 + 4 * draws * 4 * 1.5)

@@ -118,7 +118,7 @@ def test_shapes_names_and_bounds(relaxation: str) -> None:
 
 
 def test_rank_masks_lie_expert_after_expert() -> None:
-    vectors = _vectors(noise=1)
+    vectors = _vectors(noise=1, masks="soft")
     assert torch.equal(vectors.masks()["b"].rank, relax.survival(vectors.ranks[1], 1.0).reshape(-1))
 
 
@@ -127,7 +127,7 @@ def test_one_expert_has_no_expert_mask() -> None:
 
 
 def test_a_module_that_may_go_fades_through_its_rows() -> None:
-    vectors = _vectors(noise=1, max_experts=2, min_experts=0)
+    vectors = _vectors(noise=1, max_experts=2, min_experts=0, masks="soft")
     assert vectors.experts.shape == (3, 3)  # counts 0, 1, 2
     exists = relax.survival(vectors.experts, 1.0)[:, 1]
     ranks = relax.survival(vectors.ranks, 1.0)
@@ -138,13 +138,19 @@ def test_a_module_that_may_go_fades_through_its_rows() -> None:
     assert gradient[0, 0] < 0 < gradient[0, 1]
 
 
+@pytest.mark.parametrize("masks", ["sampled", "hard"])
 @pytest.mark.parametrize("least", [None, 0])
-def test_straight_through_masks_are_hard(least: int | None) -> None:
-    vectors = _vectors(noise=2, straight_through=True, min_experts=least, max_experts=4, top_k=1)
-    for mask in vectors.masks().values():
-        assert set(mask.rank.tolist()) <= {0.0, 1.0}
-        assert set(mask.log_expert.tolist()) <= {0.0, relax.EXPERT_BLOCK}
-    soft = _vectors(max_experts=4, top_k=1, min_experts=least)
+def test_what_is_likelier_than_not_is_on(least: int | None, masks: str) -> None:
+    """With gradients as of the soft masks. A module that is off blocks no expert."""
+    vectors = _vectors(noise=2, masks=masks, min_experts=least, max_experts=4, top_k=1)
+    experts, ranks = (t.detach() >= 0.5 for t in vectors.survival_masks())
+    assert experts[:, 0].all() == (least is None)
+    assert experts[:, 0].any()
+    for m, mask in enumerate(vectors.masks().values()):
+        assert mask.rank.tolist() == (ranks[m] & experts[m, 0]).flatten().tolist()
+        on = experts[m] | ~experts[m, 0]
+        assert mask.log_expert.tolist() == [0.0 if kept else relax.EXPERT_BLOCK for kept in on]
+    soft = _vectors(max_experts=4, top_k=1, min_experts=least, masks="soft")
     soft.load_state_dict(vectors.state_dict())
     weights = torch.randn(4)
     found, wanted = (

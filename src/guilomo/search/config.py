@@ -21,12 +21,14 @@ class SearchConfig(BaseModel):
     top_k: int = Field(2, ge=1, description="Experts chosen per token, during the search and afterwards.")
     relaxation: Relaxation = Field(
         "survival",
-        description="survival: dense gradients for growing and shrinking (ours). prefix: the paper's straight-through.",
+        description="survival: a count is reached by its chance, so growing and shrinking both have a gradient (ours). "
+        "prefix: the paper's straight-through.",
     )
     masks: Masks = Field(
         "sampled",
-        description="survival only. sampled: every step draws counts from the preference, and what is not drawn is "
-        "off. soft: everything takes part by its chance, which weights can undo by growing. hard: at least one half.",
+        description="survival only. sampled: every row draws its counts from the preference, and what is not drawn is "
+        "off. soft: everything takes part by its chance, which weights can undo by growing. hard: on from a chance of "
+        "one half.",
     )
     hypergradient: HypergradientName = Field(
         "first_order",
@@ -42,7 +44,12 @@ class SearchConfig(BaseModel):
     )
     outer_every: int = Field(2, ge=1, description="An outer step every this many weight steps.")
     batch_size: int = Field(16, ge=1, description="Training rows per step, over all processes.")
-    held_out_batch_size: int = Field(16, ge=1, description="Held-out rows per outer step, over all processes.")
+    held_out_batch_size: int = Field(
+        16,
+        ge=1,
+        description="Held-out rows per outer step, over all processes; each seen under two draws where expert counts "
+        "are sampled.",
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser of the weights.")
     learning_rate: float = Field(1e-3, gt=0, description="Of the weights; falls linearly to a tenth after warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="Of the weights.")
@@ -56,7 +63,7 @@ class SearchConfig(BaseModel):
     )
     temperature: float = Field(1.0, gt=0, description="Of the softmax over counts at the start of the search.")
     final_temperature: float = Field(
-        1.0, gt=0, description="At the end, reached geometrically. Below `temperature`: masks harden."
+        1.0, gt=0, description="At the end, reached geometrically. Below `temperature`: counts become certain."
     )
     budget_weight: float = Field(
         1.0, ge=0, description="Weight of (expected parameters / budget - 1)^2; the end is projected exactly anyway."
@@ -75,7 +82,7 @@ class SearchConfig(BaseModel):
         "step of MiniLM on a CPU; raise this where it costs more.",
     )
     record_every: int = Field(4, ge=1, description="Steps between records of the trajectories.")
-    seed: int = Field(0, description="Of the data order, dropout and initial weights.")
+    seed: int = Field(0, ge=0, description="Of the data order, drawn masks, dropout and initial weights.")
 
     @model_validator(mode="before")
     @classmethod

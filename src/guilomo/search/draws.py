@@ -39,6 +39,10 @@ class Rows(IntEnum):
     TRAIN_AGAIN = 3
 
 
+TRAINING = (Rows.TRAIN, Rows.TRAIN_AGAIN)
+HOLDING_OUT = (Rows.HELD_OUT, Rows.HELD_OUT_AGAIN)
+
+
 @dataclass
 class Shown:
     """The masks of one batch.
@@ -60,11 +64,13 @@ class Shown:
         """
         if self.log_chance is None:
             return sums.new_zeros(())
-        gain = sums.detach().unflatten(0, (2, -1))
-        chance = self.log_chance[-len(sums) :].unflatten(0, (2, -1))
+        losses = sums.unflatten(0, (2, -1))
+        chances = self.log_chance[-len(sums) :].unflatten(0, (2, -1))
+        gain, lead = losses[0] - losses[1], chances[0] - chances[1]
         (count,) = totals([counts.sum()])
-        value: Tensor = ((gain[0] - gain[1]) * (chance[0] - chance[1])).sum() / count.clamp_min(1)
-        return value - value.detach()
+        # The second factor is exactly 0. The losses stay attached, because second derivatives go through them.
+        value: Tensor = (gain * (lead - lead.detach())).sum() / count.clamp_min(1)
+        return value
 
 
 def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]], learn_from: int = 0) -> Shown:
@@ -78,20 +84,22 @@ def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]
     experts, ranks = vectors.survival_masks()
     levels = torch.cat([_levels(vectors, step, kind, rows) for kind, rows in groups]).to(experts)
     learns = torch.cat([torch.full((rows,), float(i >= learn_from)) for i, (_, rows) in enumerate(groups)]).to(experts)
-    kept = experts >= levels[..., :1]  # (B, M, E)
-    shown = (ranks >= levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
+    kept = experts > levels[..., :1]  # (B, M, E)
+    shown = (ranks > levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
     if learn_from < len(groups):
         shown = shown + learns[:, None, None, None] * (ranks - ranks.detach())
     if vectors.least_experts == 0:
         shown = shown * kept[..., :1, None]
-    offsets = torch.where(kept, 0.0, relax.EXPERT_BLOCK).to(experts)
+    # Where a module is off no row takes part, and logits that are all blocked would blow up the z-loss.
+    blocked = ~kept & kept[..., :1]
+    offsets = torch.where(blocked, relax.EXPERT_BLOCK, 0.0).to(experts)
     parts = zip(vectors.names, offsets.unbind(1), shown.flatten(2).unbind(1), strict=True)
     masks = {name: SelectionMasks(None if e.shape[-1] == 1 else e, r) for name, e, r in parts}
     return Shown(masks, _log_chance(experts, kept) if vectors.pairs else None)
 
 
 def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tensor:
-    """``(rows, M, 1 + E)`` uniform numbers: a count is drawn by keeping what is at least as likely as its level."""
+    """``(rows, M, 1 + E)`` uniform numbers: a count is drawn by keeping what is likelier than its level."""
     m, e = vectors.ranks.shape[:2]
     generator = np.random.default_rng([vectors.config.seed, step, int(kind)])
     # Drawn for the rows of all processes, so that a row has the same draw wherever it is.

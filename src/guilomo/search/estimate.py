@@ -41,31 +41,28 @@ def estimate(problem: Problem, batch: Batch, config: SearchConfig) -> dict[str, 
             torch.autograd.grad(loss, problem.weights, allow_unused=True)
         took.append(time.perf_counter() - started)
     state.restore(problem.weights)
+    draws = 2 if problem.vectors.pairs else 1
     return {
-        "seconds": round(_seconds(min(took), problem, config), 1),
+        "seconds": round(_seconds(min(took), config, draws), 1),
         "seconds_per_step": round(min(took), 4),
-        "memory_gib": round(_memory(problem, kept, config) / 2**30, 3),
+        "memory_gib": round(_memory(problem, kept, config, draws) / 2**30, 3),
     }
 
 
-def _held_out_rows(problem: Problem, config: SearchConfig) -> int:
-    """Rows an outer step sees; those under two draws count twice."""
-    return config.held_out_batch_size * (2 if problem.vectors.pairs else 1)
-
-
-def _seconds(one_pass: float, problem: Problem, config: SearchConfig) -> float:
+def _seconds(one_pass: float, config: SearchConfig, draws: int) -> float:
+    """Of the whole search; rows that teach the selection vectors are seen under so many draws."""
     outer_steps = max(config.steps - config.warmup_steps, 0) / config.outer_every
+    held_out = config.held_out_batch_size / config.batch_size
     extra = PASSES[config.hypergradient]
-    rows = _held_out_rows(problem, config) / config.batch_size
-    per_outer = rows if config.hypergradient == "first_order" else extra * (1 + rows) / 2
-    return one_pass * (config.steps + outer_steps * per_outer)
+    per_outer = held_out if config.hypergradient == "first_order" else extra * (1 + held_out) / 2
+    return one_pass * (config.steps + outer_steps * draws * per_outer)
 
 
-def _memory(problem: Problem, kept: dict[int, int], config: SearchConfig) -> float:
+def _memory(problem: Problem, kept: dict[int, int], config: SearchConfig, draws: int) -> float:
     held = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
     activations = sum(size for pointer, size in kept.items() if pointer not in held)
     weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
     trained = sum(w.numel() * w.element_size() for w in problem.weights)
     copies = 1 + (2 if config.optimizer == "adamw" else 0) + (1 if config.hypergradient != "first_order" else 0)
-    rows = 1 + _held_out_rows(problem, config) / config.batch_size
+    rows = 1 + draws * config.held_out_batch_size / config.batch_size
     return weights + copies * trained + activations * rows

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from guilomo.errors import GuilomoError
 from guilomo.search.data import Batch, SearchData, mean_loss, row_losses, twice
 from guilomo.search.distributed import totals
-from guilomo.search.draws import Rows, show
+from guilomo.search.draws import HOLDING_OUT, TRAINING, Rows, Shown, show
 from guilomo.search.inner import Snapshot, clip_factor, virtual_update
 from guilomo.search.split_pass import collected_router_losses, masked, without_router_losses
 from guilomo.search.vectors import SelectionVectors
@@ -60,22 +60,32 @@ class Problem:
     def train_gradients(self, batch: Batch, wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the inner objective."""
         with self._training(batch) as loss:
-            return _gradients(loss, wanted)
+            return self.gradients(loss, wanted)
 
     def held_out_gradients(self, batch: Batch, wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the outer objective."""
         with self._holding_out(batch) as loss:
-            return _gradients(loss, wanted)
+            return self.gradients(loss, wanted)
+
+    def gradients(self, loss: Tensor, wanted: Sequence[Tensor], **options: Any) -> list[Tensor]:
+        """Gradients of the global batch, 0 where the loss does not reach; an error where the model hides them all."""
+        found = torch.autograd.grad(loss, list(wanted), allow_unused=True, **options)
+        # Draws of expert counts reach the loss around the model.
+        if all(g is None for p, g in zip(wanted, found, strict=True) if p is not self.vectors.experts):
+            raise GuilomoError(
+                "The loss reaches neither weights nor selection vectors. Reentrant gradient checkpointing hides them: "
+                "turn it on with use_reentrant=False, or not at all, or use hypergradient = 'first_order'."
+            )
+        return totals([torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)])
 
     @contextmanager
     def _training(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
-        with self._losses(batch, (Rows.TRAIN, Rows.TRAIN_AGAIN), model) as (mean, score):
+        with self._losses(batch, TRAINING, model) as (mean, score):
             yield mean + score
 
     @contextmanager
     def _holding_out(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
-        kinds = (Rows.HELD_OUT, Rows.HELD_OUT_AGAIN)
-        with without_router_losses(self.context), self._losses(batch, kinds, model) as (mean, score):
+        with without_router_losses(self.context), self._losses(batch, HOLDING_OUT, model) as (mean, score):
             yield outer(mean, score, self.outer_loss)
 
     @contextmanager
@@ -86,11 +96,16 @@ class Problem:
 
         The masks apply within, because checkpointed layers run again in the backward.
         """
+        batch, shown = self.seen(batch, kinds)
+        with masked(self.context, shown.masks):
+            sums, counts = row_losses(model or self.model, batch, self.data)
+            yield mean_loss(sums, counts), shown.score(sums, counts)
+
+    def seen(self, batch: Batch, kinds: tuple[Rows, Rows]) -> tuple[Batch, Shown]:
+        """The batch with its masks; all rows twice, under two draws, where expert counts are drawn."""
         rows, pairs = len(batch["labels"]), self.vectors.pairs
         shown = show(self.vectors, self.step, [(kind, rows) for kind in (kinds if pairs else kinds[:1])])
-        with masked(self.context, shown.masks):
-            sums, counts = row_losses(model or self.model, twice(batch) if pairs else batch, self.data)
-            yield mean_loss(sums, counts), shown.score(sums, counts)
+        return (twice(batch) if pairs else batch), shown
 
 
 def outer(loss: Tensor, score: Tensor, kind: str) -> Tensor:
@@ -102,17 +117,6 @@ def outer(loss: Tensor, score: Tensor, kind: str) -> Tensor:
 
 
 Hypergradient = Callable[[Problem, Batch, Batch], list[Tensor]]
-
-
-def _gradients(loss: Tensor, wanted: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """Gradients of the global batch, 0 where the loss does not reach."""
-    found = torch.autograd.grad(loss, list(wanted), allow_unused=True, **options)
-    if all(g is None for g in found):
-        raise GuilomoError(
-            "The loss reaches neither weights nor selection vectors. Reentrant gradient checkpointing hides them: turn "
-            "it on with use_reentrant=False, or not at all, or use hypergradient = 'first_order'."
-        )
-    return totals([torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)])
 
 
 def first_order(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
@@ -193,11 +197,11 @@ def exact(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
     with sdpa_kernel(SDPBackend.MATH):
         with collected_router_losses(problem.context) as router_losses:
             train_loss = problem.train_loss(train, _Swapped(problem.model, names, weights, leaves))
-        gradients = _gradients(sum(router_losses, train_loss), leaves, create_graph=True)
+        gradients = problem.gradients(sum(router_losses, train_loss), leaves, create_graph=True)
         factor = clip_factor(gradients, problem.max_grad_norm)
         moved, _ = _updates(problem, leaves, [g * factor for g in gradients])
         held_out_loss = problem.held_out_loss(held_out, _Swapped(problem.model, names, weights, moved))
-        result = _gradients(held_out_loss, selection)
+        result = problem.gradients(held_out_loss, selection)
     state.restore(weights)
     return [g.detach() for g in result]
 

@@ -20,14 +20,6 @@ def make_optimizer(parameters: Iterable[Tensor], config: SearchConfig) -> torch.
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def learning_rate_at(step: int, config: SearchConfig) -> float:
-    """Linear rise over the warm-up, then linear fall to a tenth."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    left = (config.steps - step) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * (0.1 + 0.9 * left)
-
-
 @dataclass
 class Snapshot:
     """A bit-exact copy of weights and random numbers. Nothing in a hypergradient touches ``.grad`` or the optimiser."""

@@ -17,15 +17,16 @@ from guilomo.errors import GuilomoError
 from guilomo.search import distributed
 from guilomo.search.config import SearchConfig
 from guilomo.search.data import Batch, RowOrder, SearchData, check_rows, mean_loss, row_losses, rows_at, to_device
-from guilomo.search.draws import Rows, Shown, show
+from guilomo.search.draws import HOLDING_OUT, Rows, Shown, show
 from guilomo.search.estimate import estimate
 from guilomo.search.finite import finite_values, gradient_norm
 from guilomo.search.hypergradient import HYPERGRADIENTS, Problem, outer
-from guilomo.search.inner import learning_rate_at, make_optimizer
+from guilomo.search.inner import make_optimizer
 from guilomo.search.mixture import SearchMixture
 from guilomo.search.moved import Moved, start_of
 from guilomo.search.result import SearchResult
-from guilomo.search.split_pass import masked, split_batch
+from guilomo.search.schedule import is_outer, learning_rate_at, outer_steps_before, temperature_at
+from guilomo.search.split_pass import leaves_of, masked, split_batch
 from guilomo.search.stability import Stability
 from guilomo.search.state import resume_search, save_search
 from guilomo.search.trajectory import Trajectory
@@ -94,15 +95,8 @@ class Search:
             self.vectors.parameters(), lr=self.config.outer_learning_rate, betas=self.config.outer_betas
         )
         base = getattr(self.model, "get_base_model", lambda: self.model)()
-        self.problem = Problem(
-            self.model,
-            context_of(base),
-            self.vectors,
-            self.optimizer,
-            self.data,
-            self.config.max_grad_norm,
-            self.config.outer_loss,
-        )
+        clip, kind = self.config.max_grad_norm, self.config.outer_loss
+        self.problem = Problem(self.model, context_of(base), self.vectors, self.optimizer, self.data, clip, kind)
         self.train_order = RowOrder(len(self.data.train), self.config.batch_size, self.config.seed)
         self.held_out_order = RowOrder(len(self.data.held_out), self.config.held_out_batch_size, self.config.seed + 1)
         self.foretold: dict[str, float] = {}
@@ -140,26 +134,18 @@ class Search:
                 progress(self.step, self.config.steps, text)
         return self._result()
 
-    def _outer_steps_before(self, step: int) -> int:
-        """Number of outer steps among the first `step` steps."""
-        return max(0, -(-(step - self.config.warmup_steps) // self.config.outer_every))
-
-    def _is_outer(self) -> bool:
-        since = self.step - self.config.warmup_steps
-        return since >= 0 and since % self.config.outer_every == 0
-
     def _one_step(self) -> str:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, self.config)
-        self.vectors.temperature = self._temperature(self.step)
+        self.vectors.temperature = temperature_at(self.step, self.config)
         self.problem.step = self.step
         distributed.seed_step(self.config.seed, self.step)
         train_rows = rows_at(self.data.train, distributed.share(self.train_order(self.step)))
-        if not self._is_outer():
+        if not is_outer(self.step, self.config):
             train, held_out = self._inner_step(self._collate(train_rows)), None
         else:
-            index = self._outer_steps_before(self.step)
-            held_rows = rows_at(self.data.held_out, distributed.share(self.held_out_order(index)))
+            held_order = self.held_out_order(outer_steps_before(self.step, self.config))
+            held_rows = rows_at(self.data.held_out, distributed.share(held_order))
             if self.config.hypergradient == "first_order":
                 train, held_out = self._split_step(train_rows, held_rows)
             else:
@@ -174,11 +160,6 @@ class Search:
             self.trajectory.record(self.step, train, held_out, self.vectors)
         return f"loss {train:.3f}" + ("" if held_out is None else f", held out {held_out:.3f}")
 
-    def _temperature(self, step: int) -> float:
-        share = step / max(self.config.steps - 1, 1)
-        start, end = self.config.temperature, self.config.final_temperature
-        return float(start * (end / start) ** share)
-
     def _inner_step(self, batch: Batch) -> float:
         """One weight step with the masks held constant; before the first outer step, sampled masks are all on."""
         warming = self.vectors.sampled and self.step < self.config.warmup_steps
@@ -189,7 +170,7 @@ class Search:
             loss.backward()
         distributed.all_reduce_gradients(self.weights)
         norm = gradient_norm(self.weights)
-        value, _ = finite_values(self, batch, {"training loss": loss, "gradient norm": norm})
+        value, _ = finite_values(self, batch, shown.masks, {"training loss": loss, "gradient norm": norm})
         self._update_weights(norm)
         return value
 
@@ -202,7 +183,8 @@ class Search:
             groups.append((Rows.HELD_OUT_AGAIN, held))
         batch = self._collate([*train_rows, *held_rows])
         shown = show(self.vectors, self.step, groups, learn_from=1)
-        with split_batch(self.model, self.problem.context, n), masked(self.problem.context, shown.masks):
+        context = self.problem.context
+        with split_batch(self.model, context, n), leaves_of(shown.masks) as masks, masked(context, masks):
             sums, counts = row_losses(self.model, batch, self.data)
             train, held_out = mean_loss(sums[:n], counts[:n]), mean_loss(sums[n:], counts[n:])
             score = shown.score(sums[n:], counts[n:])
@@ -210,7 +192,7 @@ class Search:
         distributed.all_reduce_gradients(self.weights + self.problem.selection)
         norm, outer_norm = gradient_norm(self.weights), gradient_norm(self.problem.selection)
         named = {"training loss": train, "held-out loss": held_out, "gradient norm": norm, "hypergradient": outer_norm}
-        values = finite_values(self, batch, named)
+        values = finite_values(self, batch, shown.masks, named)
         self._outer_update()
         self._update_weights(norm)
         return values[0], values[1]
@@ -231,11 +213,12 @@ class Search:
     @torch.no_grad()
     def _value(self, batch: Batch) -> float:
         rng = torch.get_rng_state()
-        with masked(self.problem.context, self.vectors.masks(detach=True)):
+        batch, shown = self.problem.seen(batch, HOLDING_OUT)
+        with masked(self.problem.context, shown.masks):
             loss = mean_loss(*row_losses(self.model, batch, self.data))
         torch.set_rng_state(rng)
         named = {"held-out loss": loss, "hypergradient": gradient_norm(self.problem.selection)}
-        return finite_values(self, batch, named)[0]
+        return finite_values(self, batch, shown.masks, named)[0]
 
     def _collate(self, rows: list[Any]) -> Batch:
         return to_device(self.data.collate(rows), self.device)
@@ -262,8 +245,8 @@ class Search:
 
     def _look(self) -> None:
         """Shows the allocation to the early stop every `check_every` outer steps."""
-        done = self._outer_steps_before(self.step)
-        fresh = done > self._outer_steps_before(self.step - 1) and done % self.config.check_every == 0
+        done = outer_steps_before(self.step, self.config)
+        fresh = is_outer(self.step - 1, self.config) and done % self.config.check_every == 0
         if self.config.patience and fresh:
             self.stability.note(self.allocation())
 
@@ -276,7 +259,7 @@ class Search:
             config=self.config,
             trajectory=self.trajectory,
             steps=self.step,
-            outer_steps=self._outer_steps_before(self.step),
+            outer_steps=outer_steps_before(self.step, self.config),
             seconds=self.seconds,
             stopped_early=self.stability.reached and self.step < self.config.steps,
             estimate=self.foretold,
@@ -302,7 +285,7 @@ class Search:
         """
         if self.checkpoint is not None and self.checkpoint.exists():
             resume_search(self, self.checkpoint)
-            self.vectors.temperature = self._temperature(max(self.step - 1, 0))  # of the last step done
+            self.vectors.temperature = temperature_at(max(self.step - 1, 0), self.config)  # of the last step done
         (first,) = distributed.same_everywhere(self.step, device=self.device)
         if self.step != first:
             raise GuilomoError(

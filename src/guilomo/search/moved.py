@@ -55,7 +55,8 @@ class Moved:
         return (
             f"The search barely moved: on average expert counts changed by {self.experts_mean:.2f} and ranks by "
             f"{self.ranks_mean:.2f}, so its allocation says little. Give it more steps (search.steps, now "
-            f"{config.steps}) or a higher search.outer_learning_rate (now {config.outer_learning_rate})."
+            f"{config.steps}), a higher search.outer_learning_rate (now {config.outer_learning_rate}), or a budget "
+            "further from the least and the most that the mixture can use (search.min_experts lowers the least)."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,6 +31,28 @@ def masked(context: RoutingContext, masks: dict[str, SelectionMasks]) -> Iterato
         context.masks, context.total = before
 
 
+def constant(masks: dict[str, SelectionMasks]) -> dict[str, SelectionMasks]:
+    """The same masks, cut off from what they came from."""
+    return {
+        name: SelectionMasks(*(None if m is None else m.detach() for m in vars(both).values()))
+        for name, both in masks.items()
+    }
+
+
+@contextmanager
+def leaves_of(masks: dict[str, SelectionMasks]) -> Iterator[dict[str, SelectionMasks]]:
+    """Yields the masks cut off from what they came from; their gradients are passed on there afterwards.
+
+    Reentrant gradient checkpointing runs a backward for every block, and no two of those may share a graph.
+    """
+    cut = constant(masks)
+    pairs = [pair for name in masks for pair in zip(vars(masks[name]).values(), vars(cut[name]).values(), strict=True)]
+    learned = [(mask, leaf.requires_grad_()) for mask, leaf in pairs if mask is not None and mask.requires_grad]
+    yield cut
+    reached = [(mask, leaf.grad) for mask, leaf in learned if leaf.grad is not None]
+    torch.autograd.backward([mask for mask, _ in reached], [gradient for _, gradient in reached])
+
+
 @contextmanager
 def without_router_losses(context: RoutingContext) -> Iterator[None]:
     """Leaves out the routers' auxiliary losses."""

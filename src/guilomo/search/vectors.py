@@ -82,8 +82,9 @@ class SelectionVectors(nn.Module):
         exists = experts[:, :1]
         if self.config.masks != "soft":
             ranks, exists = relax.harden(ranks), relax.harden(exists)
-            blocked = torch.where(experts >= 0.5, 0.0, relax.EXPERT_BLOCK).to(experts.dtype)
-            log_experts = blocked + (log_experts - log_experts.detach())
+            blocked = (experts < 0.5) & (exists >= 0.5)  # a module that is off blocks nothing, see `draws.show`
+            offsets = torch.where(blocked, relax.EXPERT_BLOCK, 0.0).to(experts.dtype)
+            log_experts = offsets + (log_experts - log_experts.detach())
         if self.least_experts == 0:
             # Routing weights are renormalised, so that a whole module fades only through its rows.
             ranks = ranks * exists.unsqueeze(-1)

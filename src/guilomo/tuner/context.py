@@ -89,7 +89,7 @@ class RoutingContext:
         if x.shape[0] % len(mask):
             raise RuntimeError(
                 f"Masks for a batch of {len(mask)} rows met a layer input of shape {tuple(x.shape)}: the batch must "
-                "come first in every adapted layer. Use search.masks='soft' for this model."
+                "come first in every adapted layer. Use masks='soft' and hypergradient='unrolled' for this model."
             )
         repeated = mask.repeat_interleave(x.shape[0] // len(mask), dim=0)
         return repeated.view(x.shape[0], *[1] * (x.dim() - 2), -1)
