@@ -1,0 +1,1 @@
+"""Does the search find what was planted? Networks changed by updates of known size, and data from the changed ones."""
