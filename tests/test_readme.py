@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import torch
-from benchmarks import recipe_results
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from benchmarks import recipe_results
 from guilomo.run import load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.planted import page
 from benchmarks.planted.__main__ import main
 from benchmarks.planted.summary import summarise
