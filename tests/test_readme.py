@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -58,5 +59,6 @@ def test_recipes_and_files_that_are_named_exist() -> None:
         assert (ROOT / target).is_file(), target
 
 
-def test_results_page_is_the_one_the_result_files_give() -> None:
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == recipe_results.page()
+@pytest.mark.parametrize("name", recipe_results.PAGES)
+def test_results_pages_are_those_the_result_files_give(name: str) -> None:
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == recipe_results.page(name)

@@ -75,7 +75,7 @@ planted, each of lower rank, and its test loss lies between that of the planted 
 These worlds are easy: widths of 48 and 64, squared error, changes that are exactly of low rank with directions that
 weigh the same, and a budget known to be the right one. In pretrained models needs fall off gradually and no
 allocation is the true one; whether a searched allocation is worth its search there is another question, see
-[results.md](results.md).
+[regimes.md](regimes.md).
 """
 
 
