@@ -23,8 +23,9 @@ one plan; the random control draws a plan for every seed, and where the recipe s
 search. The plain words under each table say what its numbers allow. Most ran on one thread, two at a time, so that
 their times are upper bounds.
 
-The searches of these files were made with soft masks, the default before [planted.md](planted.md) showed that they find
-little; a searched row says nothing about the present default. The other rows are not touched by that.
+The searches of these files, but for the demo's, were made with soft masks, the default before
+[planted.md](planted.md) showed that they find little; their searched rows say nothing about the present default. The
+other rows are not touched by that.
 """
 REGIMES = """# Where does allocation matter?
 
