@@ -33,15 +33,15 @@ Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/resu
 [results.md](results.md). The recipes are in `benchmarks/regimes`. These runs use the present default search and look
 for budgets and tasks where an allocation can matter. None is found yet, and the question is open.
 
-Also tried, with one seed each and not kept as files:
+Also tried, with one seed each; stopped before they were whole, so that no result file can be shown:
 
 - `shakespeare-ranks` with modules that may go unadapted and with finer rates: 0.02 is the best rate for both, and the
   test loss is 3.194 for LoRA and 3.223 for GuiLoMo. So a difference at one coarse rate, as in the table of
   `shakespeare-ranks`, may be one of rates.
 - The same at rank 1 with 8 epochs: held-out loss 3.036 for LoRA, 3.039 for GuiLoMo. The training loss falls to 2.69,
   while rank 2 had a held-out loss of 2.95 after 2 epochs: this little model is short of text there, not of capacity.
-- 7,500 blocks of novels in one pass at rank 1, rate 0.01: test loss 2.970 for GuiLoMo, 2.974 for LoRA, 2.966 for a
-  random plan, with intervals of ±0.03. At one rank per module it hardly matters where the ranks are.
+
+`novels-long`, below, is 7,500 blocks of novels in one pass at rank 1: there too it hardly matters where the ranks are.
 
 Next: budgets below one rank per module, where the question is which modules are adapted at all. A first probe, one
 seed, 1,600 parameters, 4,500 blocks of novels: test loss 3.025 for the searched plan (mostly value projections and the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -62,3 +63,17 @@ def test_recipes_and_files_that_are_named_exist() -> None:
 @pytest.mark.parametrize("name", recipe_results.PAGES)
 def test_results_pages_are_those_the_result_files_give(name: str) -> None:
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == recipe_results.page(name)
+
+
+def test_planted_numbers_are_those_of_the_result_file() -> None:
+    """Every row of the README's table against benchmarks/results/planted.json."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "planted.json").read_text(encoding="utf-8"))["summary"]
+    rows = {
+        "ranks, residual network": "residual-ranks",
+        "ranks, small Llama": "transformer-ranks",
+        "expert counts, residual network": "residual-experts",
+    }
+    for label, world in rows.items():
+        guilomo, random, code = (found[world]["spearman"][name] for name in ("guilomo", "random", "authors_code"))
+        shown = [f"{s['value']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (guilomo, code)]
+        assert f"| {label} | {shown[0]} | {random['value']:.2f} | {shown[1]} |" in README
