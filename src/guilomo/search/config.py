@@ -105,6 +105,7 @@ class SearchConfig(BaseModel):
             raise ValueError("min_experts = 0 needs relaxation = 'survival'; 'prefix' keeps at least one expert.")
         if (self.min_experts or 0) > self.max_experts:
             raise ValueError(
-                f"min_experts = {self.min_experts} is above max_experts = {self.max_experts}. Lower it or raise max_experts."
+                f"min_experts = {self.min_experts} is above max_experts = {self.max_experts}. "
+                "Lower it or raise max_experts."
             )
         return self
