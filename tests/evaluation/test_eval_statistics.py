@@ -153,6 +153,32 @@ def test_paired_runs_widens_with_disagreement_between_runs() -> None:
     assert steady.p_value < 0.01 < shaky.p_value
 
 
+@pytest.mark.parametrize("runs", [3, 5])
+@pytest.mark.parametrize(("luck", "rows"), [(1.0, 0.0), (0.0, 4.0), (0.3, 4.0)])
+def test_paired_runs_calls_nothing_something_in_one_case_of_twenty(runs: int, luck: float, rows: float) -> None:
+    """Whether training or test rows bring the noise; a bootstrap over 3 runs would err in one case of six."""
+    generator = np.random.default_rng(5)
+    errors = 0
+    for _ in range(600):
+        noise = generator.normal(0, luck, (runs, 1)) + generator.normal(0, rows, (1, 100))
+        noise = noise + generator.normal(0, 0.5, (runs, 100))
+        errors += paired_runs(noise, np.zeros_like(noise)).p_value < 0.05
+    assert errors / 600 < 0.075
+    if luck == 0.0 or rows == 0.0:
+        assert errors / 600 > 0.02
+
+
+def test_paired_runs_equals_the_t_test_where_all_rows_agree() -> None:
+    apart = np.array([0.3, 0.5, 0.1])
+    found = paired_runs(np.repeat(apart[:, None], 50, axis=1), np.zeros((3, 50)))
+    expected = stats.ttest_1samp(apart, 0.0)
+    interval = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.score.low, found.score.high) == pytest.approx((interval.low, interval.high))
+    same = paired_runs(np.ones((3, 50)), np.ones((3, 50)))
+    assert (same.score.low, same.score.value, same.score.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
 def test_paired_runs_refuses_other_shapes() -> None:
     with pytest.raises(GuilomoError, match=r"runs, rows"):
         paired_runs(np.zeros((2, 3)), np.zeros((3, 2)))

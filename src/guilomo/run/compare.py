@@ -181,7 +181,7 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
     """Difference ``a - b`` of values ``(seeds, rows)`` with its interval, p-value and the name of the test."""
     found = paired_runs(a, b)
-    p, test = found.p_value, "paired bootstrap over test rows" + (" and seeds" if len(a) > 1 else "")
+    p, test = found.p_value, "paired t over test rows and seeds" if len(a) > 1 else "paired bootstrap over test rows"
     if metric == "accuracy" and len(a) == 1:
         p, test = mcnemar(a[0] > 0, b[0] > 0).p_value, "exact McNemar test over test rows"
     score = found.score
