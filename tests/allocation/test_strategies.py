@@ -15,9 +15,11 @@ from guilomo.allocation import (
     lora,
     make,
     mola,
+    no_router,
     normal,
     random_plan,
     rank_ramp,
+    shuffled,
     strategy_options,
     uniform,
 )
@@ -188,6 +190,55 @@ def test_random_plans_stay_within_their_caps(minilm: Shapes) -> None:
         counts = [module.experts for module in plan.modules.values()]
         assert (min(counts), max(counts)) == (2, 6)
         assert max(max(module.ranks) for module in plan.modules.values()) <= 5
+
+
+def test_random_plans_may_leave_modules_out(minilm: Shapes) -> None:
+    plans = [random_plan(minilm, 60_000, seed, min_experts=0, max_experts=1, max_rank=6, top_k=1) for seed in range(40)]
+    everywhere = uniform(minilm, 1, 1, top_k=1).parameters()
+    assert all(0.97 * 60_000 < plan.parameters() <= 60_000 < 1.5 * everywhere for plan in plans)
+    adapted = [len(plan.adapted()) for plan in plans]
+    assert 0.3 < sum(adapted) / (40 * len(minilm)) < 0.7
+    assert max(plan[name].rank for plan in plans for name in minilm) > 1
+    # Whatever the seed, no module is favoured.
+    often = [sum(plan[name].adapted for plan in plans) for name in minilm]
+    assert min(often) >= 8
+    assert max(often) <= 34
+
+
+@pytest.mark.parametrize("budget", [800, 3_000, 20_000])
+def test_random_plans_below_one_rank_per_module(minilm: Shapes, budget: int) -> None:
+    """Some modules must go, which ones is left to chance, and the rest spends the budget."""
+    space: dict[str, Any] = {"min_experts": 0, "max_experts": 3, "max_rank": 6, "top_k_floor": False}
+    plans = [random_plan(minilm, budget, seed, **space) for seed in range(20)]
+    assert all(0 < plan.parameters(no_router) <= plan.parameters() <= budget for plan in plans)
+    assert min(plan.parameters() for plan in plans) > budget - 2_304  # a row of the largest module is left at most
+    chosen = {frozenset(plan.adapted()) for plan in plans}
+    assert len(chosen) > 5
+    turned = dict(reversed(minilm.items()))
+    assert random_plan(turned, budget, 7, **space).modules == plans[7].modules
+
+
+def test_random_plans_refuse_what_cannot_be(minilm: Shapes) -> None:
+    with pytest.raises(GuilomoError, match=r"budget = 100 .*at least \d+, the cheapest module at rank 1"):
+        random_plan(minilm, 100, min_experts=0)
+    with pytest.raises(GuilomoError, match=r"min_experts = 9 .*from 0 to max_experts = 8"):
+        random_plan(minilm, 9_000, min_experts=9)
+
+
+def test_a_shuffled_plan_has_the_same_experts_in_other_places(minilm: Shapes) -> None:
+    plan = random_plan(minilm, 60_000, 3, min_experts=0, max_experts=3, max_rank=6)
+    others = [shuffled(plan, seed) for seed in range(10)]
+    for other in others:
+        assert other.parameters() == plan.parameters()
+        assert other.shapes() == plan.shapes()
+        assert sorted(m.ranks for m in other.modules.values()) == sorted(m.ranks for m in plan.modules.values())
+        assert list(other.modules) == list(plan.modules)
+    assert len({str(other.modules) for other in others}) == 10
+    assert shuffled(plan, 4).modules == others[4].modules
+    turned = Allocation(dict(reversed(list(plan.modules.items()))), plan.scaling, plan.alpha)
+    assert shuffled(turned, 4).modules == others[4].modules
+    with pytest.raises(GuilomoError, match=r"seed = 1\.5"):
+        shuffled(plan, 1.5)  # type: ignore[arg-type]
 
 
 def test_learned_is_fit(minilm: Shapes) -> None:

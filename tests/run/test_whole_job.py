@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from guilomo.allocation import Allocation
+from guilomo.allocation import Allocation, shuffled
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.run import Run
@@ -17,7 +17,7 @@ from guilomo.run.files import read_json
 from guilomo.run.methods import attach
 from tiny_runs import config_of, recipe, run_of, without_times
 
-METHODS = ["guilomo", "lora", "uniform", "mola", "random", "normal", "alphalora"]
+METHODS = ["guilomo", "lora", "uniform", "mola", "random", "shuffled", "normal", "alphalora"]
 PARTS = {
     "schema",
     "guilomo",
@@ -68,7 +68,7 @@ def test_results_have_every_part(results: dict[str, Any]) -> None:
     assert set(results) == PARTS
     assert results["status"] == "complete"
     assert [m["name"] for m in results["methods"]] == METHODS
-    assert [m["kind"] for m in results["methods"]] == ["searched", "baseline", *["control"] * 5]
+    assert [m["kind"] for m in results["methods"]] == ["searched", "baseline", *["control"] * 6]
     assert results["primary_metric"] == "accuracy"
     assert results["data"]["sizes"] == {"train": 36, "held_out": 12, "test": 20}
     assert results["search"]["steps"] == 6
@@ -246,6 +246,29 @@ def test_the_random_control_draws_for_every_seed(finished: Run) -> None:
     normal = [Allocation.load(folder / "normal" / f"seed-{seed}" / "allocation.json") for seed in (0, 3)]
     assert random[0].modules != random[1].modules
     assert normal[0] == normal[1]
+
+
+def test_the_shuffled_control_has_the_searched_experts_in_other_places(finished: Run) -> None:
+    searched = Allocation.load(finished.config.folder / "search" / "allocation.json")
+    for seed in (0, 3):
+        folder = finished.config.folder / "methods" / "shuffled" / f"seed-{seed}"
+        assert Allocation.load(folder / "allocation.json") == shuffled(searched, seed)
+
+
+def test_the_random_control_may_leave_out_what_the_search_may(colour_recipe: Any) -> None:
+    """At a budget that cannot pay every module, the control chooses modules too."""
+    space = {"min_experts": 0, "max_experts": 2, "max_rank": 4}
+    budget = {"parameters": 2_000}
+    job = run_of(colour_recipe(methods=["guilomo", "random"], mixture={"top_k": 1}, search=space, budget=budget))
+    plans = [job.plan(job.config.methods[1], seed) for seed in range(6)]
+    assert all(0 < len(plan.adapted()) < len(plan.modules) for plan in plans)
+    assert len({frozenset(plan.adapted()) for plan in plans}) > 1
+    assert job.all()["status"] == "complete"
+
+
+def test_the_shuffled_control_takes_no_options(colour_recipe: Any) -> None:
+    with pytest.raises(GuilomoError, match=r"\['seed'\], but the shuffled plan takes none"):
+        run_of(colour_recipe(methods=[{"name": "shuffled", "options": {"seed": 3}}]))
 
 
 def test_intervals_over_seeds_are_not_narrower_than_those_of_the_rows(results: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Plans: which experts and ranks every module gets, what they cost, and how to choose them."""
 
 from guilomo.allocation.budget import fit, same_budget
-from guilomo.allocation.chance import random_plan
+from guilomo.allocation.chance import random_plan, shuffled
 from guilomo.allocation.costs import RouterCost, linear_router, no_router
 from guilomo.allocation.hilo import hilo, rank_ramp
 from guilomo.allocation.learned import learned
@@ -43,6 +43,7 @@ __all__ = [
     "rank_ramp",
     "rules",
     "same_budget",
+    "shuffled",
     "site",
     "strategy_options",
     "uniform",

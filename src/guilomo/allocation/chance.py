@@ -1,12 +1,16 @@
-"""Random plans: the control that any learned plan has to beat."""
+"""Plans made by chance: the controls that any learned plan has to beat."""
 
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from typing import Any
 
 from typing_extensions import Unpack
 
-from guilomo.allocation.budget import fit
+from guilomo.allocation.budget import fit, same_budget
+from guilomo.allocation.candidate import Limits, candidates
+from guilomo.allocation.costs import linear_router
 from guilomo.allocation.layerwise import Common, Shapes, layer_count
 from guilomo.allocation.modules import positive_int
 from guilomo.allocation.plan import Allocation
@@ -19,28 +23,41 @@ def random_plan(
     budget: int | Allocation | None = None,
     seed: int = 0,
     *,
+    min_experts: int | None = None,
     max_experts: int = 8,
     max_rank: int = 8,
     **terms: Unpack[Common],
 ) -> Allocation:
     """Random expert counts and ranks at a given budget.
 
-    Every module draws its count uniformly from top_k..max_experts and each expert its rank from 1..max_rank; `fit`
+    Every module draws its count uniformly from min_experts..max_experts and each expert its rank from 1..max_rank; `fit`
     then meets the budget under the same two caps. Each module draws from its own generator, seeded with the seed and
-    its name: the order of `shapes`, or a further module, does not change what a module draws. Source: ours.
+    its name: the order of `shapes`, or a further module, does not change what a module draws. Where the budget cannot
+    pay all drawn modules even at rank 1, some are left out, by chance too. Source: ours.
+
+    Args:
+        shapes: module -> (I, O).
+        budget, terms: see `fit`.
+        seed: of all draws.
+        min_experts: fewest experts of a module; unset: top_k, or 1 without its floor. 0 lets modules go unadapted.
+        max_experts, max_rank: most experts of a module, highest rank of an expert.
 
     Raises:
-        GuilomoError: the seed is not an integer, or as `fit`.
+        GuilomoError: the seed or min_experts is not usable, or as `fit`.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise invalid("seed", seed, "an integer")
+    _check_seed(seed)
     positive_int("max_experts", max_experts)
     positive_int("max_rank", max_rank)
     layer_count(shapes)
     low = terms.get("top_k", 2) if terms.get("top_k_floor", True) else 1
+    fewest = _fewest(min_experts, low, max_experts)
     draws = {name: random.Random(f"{seed}:{name}") for name in shapes}
-    experts = {name: float(draw.randint(min(low, max_experts), max_experts)) for name, draw in draws.items()}
+    experts = {name: float(draw.randint(fewest, max_experts)) for name, draw in draws.items()}
     ranks = {name: tuple(draw.randint(1, max_rank) for _ in range(max_experts)) for name, draw in draws.items()}
+    if fewest == 0 and budget is not None:
+        order = sorted(shapes, key=lambda name: (draws[name].random(), name))
+        kept = _affordable(order, Preference(experts, ranks), shapes, budget, terms)
+        experts = {name: count if name in kept else 0.0 for name, count in experts.items()}
     return fit(
         Preference(experts, ranks),
         shapes,
@@ -50,3 +67,67 @@ def random_plan(
         strategy=f"random(seed={seed}, max_experts={max_experts}, max_rank={max_rank})",
         **terms,
     )
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise invalid("seed", seed, "an integer")
+
+
+def _fewest(min_experts: int | None, low: int, max_experts: int) -> int:
+    if min_experts is None:
+        return min(low, max_experts)
+    if isinstance(min_experts, bool) or not isinstance(min_experts, int) or not 0 <= min_experts <= max_experts:
+        remedy = "Lower min_experts or raise max_experts."
+        raise invalid("min_experts", min_experts, f"an integer from 0 to max_experts = {max_experts}", remedy)
+    return min_experts
+
+
+def _affordable(
+    order: list[str], drawn: Preference, shapes: Shapes, budget: int | Allocation, terms: Common
+) -> set[str]:
+    """The drawn modules, first come first served, that the budget can pay at their fewest experts of rank 1.
+
+    Where nothing was drawn, or nothing drawn can be paid, the first module that can be is taken.
+    """
+    router = terms.get("router", linear_router)
+    floor = terms.get("top_k_floor", True)
+    room = same_budget(budget, router) if isinstance(budget, Allocation) else positive_int("budget", budget)
+    all_wished = Preference(dict.fromkeys(shapes, 1.0), drawn.ranks)
+    modules = candidates(all_wished, shapes, Limits(terms.get("top_k", 2), floor, None, None))
+    least = {module.name: module.cost(module.low, 1, router) for module in modules}
+    kept: set[str] = set()
+    for name in [n for n in order if drawn.experts[n] > 0]:
+        if least[name] <= room:
+            kept.add(name)
+            room -= least[name]
+    if kept:
+        return kept
+    if min(least.values()) > room:
+        remedy = "Raise the budget, or adapt smaller modules."
+        raise invalid("budget", room, f"at least {min(least.values())}, the cheapest module at rank 1", remedy)
+    return {next(name for name in order if least[name] <= room)}
+
+
+def shuffled(plan: Allocation, seed: int = 0) -> Allocation:
+    """The same experts in other places: module plans dealt out anew among the modules of equal shape.
+
+    It costs exactly as much as `plan` and has the same counts and ranks; only where they are is left to chance. So a
+    plan that beats its shuffled one owes that to the places it chose, not to how evenly it spends. Source: ours.
+
+    Args:
+        plan: what to shuffle. seed: of the deal.
+
+    Raises:
+        GuilomoError: the seed is not an integer.
+    """
+    _check_seed(seed)
+    names = defaultdict(list)
+    for name in sorted(plan.modules):
+        names[plan[name].shape].append(name)
+    draw = random.Random(f"shuffled:{seed}")
+    dealt: dict[str, Any] = {}
+    for alike in names.values():
+        dealt |= zip(alike, draw.sample([plan[name] for name in alike], len(alike)), strict=True)
+    modules = {name: dealt[name] for name in plan.modules}
+    return Allocation(modules, plan.scaling, plan.alpha, f"shuffled(seed={seed}) of {plan.strategy}")

@@ -18,6 +18,8 @@ PLAIN_LORA = "lora"
 """The strategy name of PEFT's own LoRA at the same budget."""
 RANDOM = "random"
 """The strategy name of the random control, which draws a plan of its own for every training seed."""
+SHUFFLED = "shuffled"
+"""The strategy name of the searched plan with its experts dealt out anew among modules of equal shape, for every seed."""
 
 
 class ModelConfig(BaseModel):
@@ -81,7 +83,11 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="Name of the row, unique in the run.")
-    strategy: str = Field("", description="guilomo, lora, or an allocation strategy; unset: the same as name.")
+    strategy: str = Field(
+        "",
+        description="guilomo, lora, an allocation strategy, or shuffled: what the search found, in places left to "
+        "chance (a control); unset: the same as name.",
+    )
     label: str = Field("", description="How the report calls it; unset: the name.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation strategy.")
 
@@ -126,6 +132,7 @@ LABELS = {
     "lora": "LoRA (PEFT)",
     "uniform": "uniform experts and ranks",
     "random": "random allocation",
+    "shuffled": "searched, shuffled",
     "mola": "MoLA ▽",
     "normal": "NormalE",
     "alphalora": "AlphaLoRA",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guilomo.allocation import Allocation
-from guilomo.run.config import SEARCHED
+from guilomo.run.methods import FROM_SEARCH
 from guilomo.run.searches import search_seeds
 from guilomo.search.data import rows_at, to_device
 from guilomo.search.estimate import estimate
@@ -44,7 +44,7 @@ def dry_run(run: Run) -> DryRun:
             f"sweep     {_counted(len(config.methods), 'method')} × {_counted(len(rates), 'learning rate')} with seed "
             f"{config.seeds[0]}: {_counted(len(config.methods) * (len(rates) - 1), 'training')} more"
         )
-    if any(m.strategy == SEARCHED for m in config.methods):
+    if any(m.strategy in FROM_SEARCH for m in config.methods):
         lines += _search_lines(run, steps)
     return DryRun(facts["plans"], "\n".join(lines))
 

@@ -13,19 +13,27 @@ from guilomo.allocation.registry import STRATEGIES, make
 from guilomo.allocation.uniform import uniform
 from guilomo.errors import GuilomoError, unknown
 from guilomo.layers.routers import cost_of_router
-from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, MethodConfig, RunConfig
+from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.search import search_sized
 from guilomo.tasks import Task
 from guilomo.tuner import LoraMoeConfig, plan_for_router, target_shapes
 
+FROM_SEARCH = (SEARCHED, SHUFFLED)
+"""The strategies whose plan is known only after the search."""
 TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM, "lm": TaskType.CAUSAL_LM}
 
 
 def check_methods(config: RunConfig) -> None:
     """Refuses unknown strategies before anything is loaded."""
+    known = {*FROM_SEARCH, *STRATEGIES} - {"learned"}
     for method in config.methods:
-        if method.strategy not in {SEARCHED, *STRATEGIES} - {"learned"}:
-            raise unknown(f"strategy of method {method.name!r}", method.strategy, {SEARCHED, *STRATEGIES} - {"learned"})
+        if method.strategy not in known:
+            raise unknown(f"strategy of method {method.name!r}", method.strategy, known)
+        if method.strategy == SHUFFLED and method.options:
+            raise GuilomoError(
+                f"Method {method.name!r} has options {sorted(method.options)}, but the shuffled plan takes none: it is "
+                "the searched one. Leave them out."
+            )
         if method.strategy == SEARCHED and method.options:
             raise GuilomoError(
                 f"Method {method.name!r} has options {sorted(method.options)}, but the options of the searched method "
@@ -95,7 +103,9 @@ def plan_method(
         terms |= {"experts": max(config.budget.experts, config.mixture.top_k), "rank": config.budget.rank}
     if method.strategy == RANDOM:
         # The control draws from what the search may choose.
-        terms |= {"max_experts": config.search.max_experts, "max_rank": config.search.max_rank, "seed": seed}
+        space = config.search
+        terms |= {"max_experts": space.max_experts, "max_rank": space.max_rank, "seed": seed}
+        terms |= {"min_experts": space.least_experts, "top_k_floor": space.top_k_floor}
     if method.strategy == "alphalora" and "alphas" not in method.options:
         terms["weights"] = {name: model.get_parameter(f"{name}.weight").detach() for name in shapes}
     plan = make(method.strategy, shapes, **{**terms, **method.options})

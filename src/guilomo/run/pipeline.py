@@ -25,15 +25,16 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
-from guilomo.allocation import Allocation
+from guilomo.allocation import Allocation, shuffled
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.files import save_adapter
 from guilomo.report import write_report
 from guilomo.run.compare import results_of
-from guilomo.run.config import RANDOM, SEARCHED, MethodConfig, RunConfig
+from guilomo.run.config import RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.run.files import read_json, write_json, write_text
 from guilomo.run.methods import (
+    FROM_SEARCH,
     attach,
     check_methods,
     model_shapes,
@@ -95,7 +96,7 @@ class Run:
         plans = {
             m.name: plan_method(m, self.config, model, shapes, budget, self.config.seeds[0])
             for m in self.config.methods
-            if m.strategy != SEARCHED
+            if m.strategy not in FROM_SEARCH
         }
         size = sum(p.numel() for p in model.parameters())
         return {"shapes": shapes, "budget": budget, "budget_source": source, "plans": plans, "parameters": size}
@@ -155,12 +156,14 @@ class Run:
         return Search(model, self.task, options, self.facts["budget"], search_folder(self.config, seed))
 
     def plan(self, method: MethodConfig, seed: int) -> Allocation:
-        """The allocation of a method for one training seed; for the searched one this runs the search.
+        """The allocation of a method for one training seed; where it comes from the search, this runs the search.
 
         Raises:
             GuilomoError: the plan does not fit the model or the budget.
         """
-        plan: Allocation = self.search(seed) if method.strategy == SEARCHED else self._made_plan(method, seed)
+        plan = self.search(seed) if method.strategy in FROM_SEARCH else self._made_plan(method, seed)
+        if method.strategy == SHUFFLED:
+            plan = shuffled(plan, seed)
         shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
         plan.check_against(shapes, self.facts["budget"], self.router_cost)
         return plan

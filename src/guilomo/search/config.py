@@ -109,3 +109,13 @@ class SearchConfig(BaseModel):
                 "Lower it or raise max_experts."
             )
         return self
+
+    @property
+    def least_experts(self) -> int:
+        """Fewest experts the search may leave a module: `min_experts`, or top-k; 0 is a module that goes unadapted."""
+        return self.top_k if self.min_experts is None else self.min_experts
+
+    @property
+    def top_k_floor(self) -> bool:
+        """Whether every adapted module keeps at least top-k experts."""
+        return self.least_experts >= self.top_k

@@ -235,7 +235,7 @@ class Search:
             max_experts=self.config.max_experts,
             max_rank=self.config.max_rank,
             top_k=self.config.top_k,
-            top_k_floor=self.mixture.top_k_floor,
+            top_k_floor=self.config.top_k_floor,
             alpha=self.mixture.plan.alpha,
             scaling=self.mixture.plan.scaling,
             router=self.mixture.router_parameters,

@@ -55,11 +55,6 @@ class SearchMixture:
         """Trainable parameters of a module's router; a single expert has none."""
         return cost_of_router(self.options.router)(experts, in_features)
 
-    @property
-    def top_k_floor(self) -> bool:
-        """Whether every adapted module keeps at least top-k experts."""
-        return self.search.min_experts is None or self.search.min_experts >= self.search.top_k
-
     def check_budget(self, budget: int) -> None:
         """Refuses a budget that no outcome of the search can meet.
 
@@ -75,7 +70,7 @@ class SearchMixture:
             )
 
     def _least_parameters(self) -> int:
-        experts = self.search.top_k if self.top_k_floor else 1
+        experts = self.search.top_k if self.search.top_k_floor else 1
         costs = [experts * sum(s) + self.router_parameters(experts, s.in_features) for s in self.shapes.values()]
         return min(costs) if self.search.min_experts == 0 else sum(costs)
 

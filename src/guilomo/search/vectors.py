@@ -29,7 +29,7 @@ class SelectionVectors(nn.Module):
         self.names = list(shapes)
         self.config = config
         self.temperature = config.temperature
-        self.least_experts = config.top_k if config.min_experts is None else config.min_experts
+        self.least_experts = config.least_experts
         e, r = config.max_experts, config.max_rank
         counts = e + 1 if self.least_experts == 0 else e
         self.experts = nn.Parameter(torch.zeros(len(self.names), counts, dtype=torch.float32))
