@@ -19,7 +19,7 @@ PLAIN_LORA = "lora"
 RANDOM = "random"
 """The strategy name of the random control, which draws a plan of its own for every training seed."""
 SHUFFLED = "shuffled"
-"""The strategy name of the searched plan with its experts dealt out anew, for every seed, among modules of equal shape."""
+"""The strategy name of the searched plan, its experts dealt out anew, for every seed, among modules of equal shape."""
 
 
 class ModelConfig(BaseModel):
