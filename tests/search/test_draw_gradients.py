@@ -29,29 +29,41 @@ def _experts_only(least: int) -> Problem:
     return bilevel(model, data, config, outer_loss="mean", warm_steps=0)
 
 
-def _chances(vectors: SelectionVectors) -> Tensor:
-    """``(M, E + 1)`` probabilities of the counts 0..E, differentiable."""
+def _chances(vectors: SelectionVectors) -> tuple[Tensor, Tensor]:
+    """``(M,)`` chance that a module is on, and ``(M, E)`` of the counts 1..E given that; differentiable."""
     pi = vectors.experts.softmax(-1)
     least = vectors.least_experts
     if least == 0:
-        return pi
-    return torch.cat([pi.new_zeros(len(pi), least), pi[:, :least].sum(1, keepdim=True), pi[:, least:]], 1)
+        on = 1 - pi[:, 0]
+        return on, pi[:, 1:] / on[:, None]
+    return pi.new_ones(len(pi)), torch.cat(
+        [pi.new_zeros(len(pi), least - 1), pi[:, :least].sum(1, keepdim=True), pi[:, least:]], 1
+    )
 
 
 def _exact_gradient(problem: Problem, batch: dict[str, Tensor]) -> Tensor:
-    """Of the expected mean loss, as a sum over all combinations of counts."""
+    """Over all combinations of modules that are on and of counts: of the expected loss through the counts of modules
+    that are on, and by its slopes through what is on."""
     vectors = problem.vectors
+    least = vectors.least_experts
+    on_chance, count_chance = _chances(vectors)
     expected = torch.zeros((), dtype=torch.float64)
-    for counts in itertools.product(range(vectors.least_experts, 4), repeat=2):
+    states = list(itertools.product((0, 1) if least == 0 else (1,), range(max(least, 1), 4)))
+    for pair in itertools.product(states, repeat=2):
+        stays = torch.tensor([float(on) for on, _ in pair], dtype=torch.float64, requires_grad=True)
         masks = {}
-        for name, n in zip(vectors.names, counts, strict=True):
-            on = torch.arange(3) < n
-            offset = torch.where(on | (n == 0), 0.0, relax.EXPERT_BLOCK)
-            masks[name] = SelectionMasks(offset, torch.full((3,), float(n > 0), dtype=torch.float64))
-        with torch.no_grad(), masked(problem.context, masks):
+        for m, (name, (_, n)) in enumerate(zip(vectors.names, pair, strict=True)):
+            offset = torch.where(torch.arange(3) < n, 0.0, relax.EXPERT_BLOCK)
+            masks[name] = SelectionMasks(offset, stays[m] * torch.ones(3, dtype=torch.float64))
+        with masked(problem.context, masks):
             loss = (problem.model(batch["x"]) - batch["labels"]).square().mean()
-        chances = _chances(vectors)
-        expected = expected + chances[0, counts[0]] * chances[1, counts[1]] * loss
+        slopes = torch.autograd.grad(loss, stays)[0]
+        where = torch.stack([on_chance[m] if on else 1 - on_chance[m] for m, (on, _) in enumerate(pair)]).prod()
+        counts = [count_chance[m, n - 1] for m, (_, n) in enumerate(pair)]
+        taught = torch.stack([c if on else c.detach() for c, (on, _) in zip(counts, pair, strict=True)]).prod()
+        expected = expected + where.detach() * taught * loss.detach()
+        if least == 0:
+            expected = expected + (where * taught).detach() * (on_chance * slopes).sum()
     (gradient,) = torch.autograd.grad(expected, vectors.experts)
     return gradient
 
@@ -164,7 +176,7 @@ def test_only_rows_that_teach_feed_rank_masks(least: int) -> None:
     mask, offset = shown.masks["a"].rank, shown.masks["a"].log_expert
     weights = torch.randn_like(mask)
     (found,) = torch.autograd.grad((weights * mask).sum(), vectors.ranks, retain_graph=True)
-    there = mask.detach()[30:, :1] == 1  # slopes of modules that are off say nothing
+    there = mask.detach()[30:, :1] == 1  # slopes of the ranks of modules that are off say nothing
     assert there.all() == (least == 1)
     taught = (weights[30:] * there).sum(0).view(1, 3, 4)
     (wanted,) = torch.autograd.grad((taught * relax.survival(vectors.ranks, 1.0)).sum(), vectors.ranks)

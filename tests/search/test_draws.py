@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -107,13 +108,15 @@ def test_counts_come_as_often_as_they_are_preferred(least: int, temperature: flo
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("least", [0, 1, 2])
 def test_the_chance_of_a_draw_is_that_of_its_expert_counts(least: int, temperature: float) -> None:
+    """Of the modules that are on, given that they are."""
     vectors = _vectors(min_experts=least).double()
     vectors.temperature = temperature
     shown = show(vectors, 3, [(Rows.HELD_OUT, 50)])
     counts = [_counts(shown, name, vectors)[0].tolist() for name in SHAPES]
     assert {n for found in counts for n in found} == set(range(least, 5))
     by_hand = [_chances(vectors.experts[m].tolist(), least, temperature, 4) for m in range(2)]
-    wanted = [math.log(by_hand[0][a]) + math.log(by_hand[1][b]) for a, b in zip(*counts, strict=True)]
+    logs = [[0.0, *(math.log(p / (1 - of[0])) if p else -math.inf for p in of[1:])] for of in by_hand]
+    wanted = [logs[0][a] + logs[1][b] for a, b in zip(*counts, strict=True)]
     assert shown.log_chance.tolist() == pytest.approx(wanted, rel=1e-12)
 
 
@@ -145,6 +148,31 @@ def test_nothing_is_drawn_in_pairs_where_every_expert_stays() -> None:
     assert float(shown.score(torch.randn(5), torch.ones(5))) == 0
     assert all((mask.log_expert == 0).all() for mask in shown.masks.values())
     assert len({tuple(row) for row in next(iter(shown.masks.values())).rank.tolist()}) > 1  # ranks are drawn
+
+
+def test_whether_a_single_expert_is_there_needs_no_pairs() -> None:
+    """Nothing is behind a router then, and slopes tell."""
+    vectors = _vectors(max_experts=1, top_k=1, min_experts=0)
+    assert not vectors.pairs
+    shown = show(vectors, 3, [(Rows.TRAIN, 40), (Rows.HELD_OUT, 40)], learn_from=1)
+    assert shown.log_chance is None
+    mask = shown.masks["b"].rank
+    weights = torch.randn_like(mask)
+    (found,) = torch.autograd.grad((weights * mask).sum(), vectors.experts)
+    chance = vectors.experts.softmax(-1)[1, 1]
+    # Taken whether the module is on or off, over the rank rows that it has or would have.
+    drawn = show(_with_modules_on(vectors), 3, [(Rows.TRAIN, 40), (Rows.HELD_OUT, 40)]).masks["b"].rank.detach()
+    assert not torch.equal(drawn, mask.detach())
+    (slope,) = torch.autograd.grad(chance, vectors.experts)
+    assert torch.allclose(found, (weights * drawn)[40:].sum() * slope, rtol=1e-4)
+
+
+def _with_modules_on(vectors: SelectionVectors) -> SelectionVectors:
+    """The same preferences over ranks, and all modules certain to be there."""
+    other = copy.deepcopy(vectors)
+    with torch.no_grad():
+        other.experts[:, 1] += 1e3
+    return other
 
 
 def test_held_out_rows_are_seen_twice_where_experts_are_drawn() -> None:
@@ -181,13 +209,19 @@ def test_other_masks_are_not_drawn() -> None:
             assert not show(vectors, 3, [(Rows.TRAIN, 4)], learn_from=1).masks[name].rank.requires_grad
 
 
-def test_a_module_that_is_off_blocks_no_expert() -> None:
+def test_a_module_that_is_off_has_a_count_too() -> None:
+    """The slope there asks what the module would do with it, so it is drawn as for modules that are on."""
     vectors = _vectors(min_experts=0)
-    mask = show(vectors, 3, [(Rows.TRAIN, 200)]).masks["a"]
+    mask = show(vectors, 3, [(Rows.TRAIN, 20_000)]).masks["a"]
     off = ~mask.rank.bool().any(1)
-    assert 0 < off.sum() < 200
-    assert not mask.log_expert[off].any()
-    assert set(mask.log_expert[~off].unique().tolist()) == {0.0, relax.EXPERT_BLOCK}
+    kept = (mask.log_expert == 0).sum(1)
+    assert set(mask.log_expert.unique().tolist()) == {0.0, relax.EXPERT_BLOCK}
+    nothing, *chances = _chances(vectors.experts[0].tolist(), 0, 1.0, 4)
+    assert abs(float(off.float().mean()) - nothing) < 0.02
+    for rows in (off, ~off):
+        found = torch.bincount(kept[rows], minlength=5).tolist()
+        assert found[0] == 0
+        assert chisquare(found[1:], [p / (1 - nothing) * int(rows.sum()) for p in chances]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("hypergradient", ["first_order", "unrolled"])

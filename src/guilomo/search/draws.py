@@ -3,10 +3,11 @@
 A soft mask can be undone: weights grow until a component that is half on contributes as if it were whole, and at that
 point the loss no longer depends on the mask. So every row draws its counts anew and what is not drawn is off.
 
-Ranks learn by the gradient of their masks, taken straight through the draw. Between on and off the loss is nearly
-quadratic, and slopes taken at both ends give the difference. Expert counts cannot learn so: behind a router the slope
-says almost nothing about what one more expert is worth. They learn from losses. Every held-out row is seen under two
-independent draws, and with ``s`` the gradient of the log-probability of a draw
+Ranks learn by the gradient of their masks, taken straight through the draw, and so does whether a module is adapted at
+all. Between on and off the loss is nearly quadratic, and slopes taken at both ends give the difference. How many
+experts a module has, given that it has any, cannot be learned so: behind a router the slope says almost nothing about
+what one more expert is worth. Such counts learn from losses. Every held-out row is seen under two independent draws,
+and with ``s`` the gradient of the log-probability of a draw
 
     d E[L] / d g  =  E[ (L_1 - L_2) (s_1 - s_2) ] / 2
 
@@ -49,7 +50,8 @@ class Shown:
 
     Attributes:
         masks: by module; empty: everything is on.
-        log_chance: ``(B,)`` log-probability of the expert counts each row drew; None when none were drawn.
+        log_chance: ``(B,)`` log-probability of the expert counts each row drew behind routers, given which modules are
+            on; None where no such count is open.
     """
 
     masks: dict[str, SelectionMasks]
@@ -84,22 +86,45 @@ def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]
     experts, ranks = vectors.survival_masks()
     levels = torch.cat([_levels(vectors, step, kind, rows) for kind, rows in groups]).to(experts)
     learns = torch.cat([torch.full((rows,), float(i >= learn_from)) for i, (_, rows) in enumerate(groups)]).to(experts)
-    kept = experts > levels[..., :1]  # (B, M, E)
+    on, kept, given = _counts(experts, levels[..., :1])
     shown = (ranks > levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
     if learn_from < len(groups):
         shown = shown + learns[:, None, None, None] * (ranks - ranks.detach())
     if vectors.least_experts == 0:
-        shown = shown * kept[..., :1, None]
-    # Where a module is off no row takes part, and logits that are all blocked would blow up the z-loss.
-    blocked = ~kept & kept[..., :1]
-    offsets = torch.where(blocked, relax.EXPERT_BLOCK, 0.0).to(experts)
+        stays = on.to(ranks)
+        if learn_from < len(groups):
+            stays = stays + learns[:, None, None] * (experts[:, :1] - experts[:, :1].detach())
+        shown = shown * stays[..., None]
+    offsets = torch.where(kept, 0.0, relax.EXPERT_BLOCK).to(experts)
     parts = zip(vectors.names, offsets.unbind(1), shown.flatten(2).unbind(1), strict=True)
     masks = {name: SelectionMasks(None if e.shape[-1] == 1 else e, r) for name, e, r in parts}
-    return Shown(masks, _log_chance(experts, kept) if vectors.pairs else None)
+    return Shown(masks, _log_chance(given, kept, on) if vectors.pairs else None)
+
+
+def _counts(experts: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws which modules are on, and for all of them how many experts they have if they are.
+
+    A module that is off has a count too, because the slope there asks what the module would do with it.
+
+    Args:
+        experts: survival masks ``(M, E)``. levels: ``(B, M, 1)`` uniform numbers.
+
+    Returns:
+        ``(B, M, 1)`` which modules are on; ``(B, M, E)`` the experts each has; ``(M, E)`` the survival masks of the
+        counts of modules that are on.
+    """
+    stays = experts[:, :1]
+    on = stays > levels
+    # What is left of a level after this decision is uniform again, and decides the count.
+    left = torch.where(on, levels / stays.clamp_min(1e-12), (levels - stays) / (1 - stays).clamp_min(1e-12))
+    given = experts / stays.clamp_min(1e-12)
+    kept = given > left.detach()
+    kept[..., 0] = True
+    return on, kept, given
 
 
 def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tensor:
-    """``(rows, M, 1 + E)`` uniform numbers: a count is drawn by keeping what is likelier than its level."""
+    """``(rows, M, 1 + E)`` uniform numbers: what is likelier than its level is kept."""
     m, e = vectors.ranks.shape[:2]
     generator = np.random.default_rng([vectors.config.seed, step, int(kind)])
     # Drawn for the rows of all processes, so that a row has the same draw wherever it is.
@@ -107,9 +132,9 @@ def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tens
     return torch.from_numpy(np.ascontiguousarray(levels))
 
 
-def _log_chance(experts: Tensor, kept: Tensor) -> Tensor:
-    """``(B,)`` from survival masks ``(M, E)`` and the experts kept ``(B, M, E)``: ``sum_m log P(count = drawn)``."""
-    chance = -F.pad(F.pad(experts, (1, 0), value=1.0), (0, 1)).diff(dim=-1)  # (M, E + 1), of counts 0..E
-    drawn = kept.sum(-1, keepdim=True)
+def _log_chance(given: Tensor, kept: Tensor, on: Tensor) -> Tensor:
+    """``(B,)`` log-probability of the counts of the modules that are on; arguments as returned by `_counts`."""
+    chance = -F.pad(given, (0, 1)).diff(dim=-1)  # (M, E), of counts 1..E
     logs = chance.clamp_min(1e-12).log().expand(len(kept), -1, -1)
-    return logs.gather(-1, drawn).squeeze(-1).sum(-1)
+    drawn = kept.sum(-1, keepdim=True) - 1
+    return (logs.gather(-1, drawn) * on).squeeze(-1).sum(-1)

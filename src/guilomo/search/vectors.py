@@ -48,8 +48,8 @@ class SelectionVectors(nn.Module):
 
     @property
     def pairs(self) -> bool:
-        """Whether rows that teach are seen under two draws: when expert counts are drawn at all."""
-        return self.sampled and self.least_experts < self.config.max_experts
+        """Whether rows that teach are seen under two draws: when expert counts are open behind a router."""
+        return self.sampled and max(self.least_experts, 1) < self.config.max_experts
 
     def survival_masks(self) -> tuple[Tensor, Tensor]:
         """Soft masks over experts ``(M, E)`` and rank components ``(M, E, R)``."""
