@@ -86,7 +86,7 @@ def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]
     experts, ranks = vectors.survival_masks()
     levels = torch.cat([_levels(vectors, step, kind, rows) for kind, rows in groups]).to(experts)
     learns = torch.cat([torch.full((rows,), float(i >= learn_from)) for i, (_, rows) in enumerate(groups)]).to(experts)
-    on, kept, given = _counts(experts, levels[..., :1])
+    on, kept = _counts(experts, levels[..., :1])
     shown = (ranks > levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
     if learn_from < len(groups):
         shown = shown + learns[:, None, None, None] * (ranks - ranks.detach())
@@ -98,10 +98,11 @@ def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]
     offsets = torch.where(kept, 0.0, relax.EXPERT_BLOCK).to(experts)
     parts = zip(vectors.names, offsets.unbind(1), shown.flatten(2).unbind(1), strict=True)
     masks = {name: SelectionMasks(None if e.shape[-1] == 1 else e, r) for name, e, r in parts}
-    return Shown(masks, _log_chance(given, kept, on) if vectors.pairs else None)
+    return Shown(masks, _log_chance(vectors, kept, on) if vectors.pairs else None)
 
 
-def _counts(experts: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def _counts(experts: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Draws which modules are on, and for all of them how many experts they have if they are.
 
     A module that is off has a count too, because the slope there asks what the module would do with it.
@@ -110,17 +111,15 @@ def _counts(experts: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         experts: survival masks ``(M, E)``. levels: ``(B, M, 1)`` uniform numbers.
 
     Returns:
-        ``(B, M, 1)`` which modules are on; ``(B, M, E)`` the experts each has; ``(M, E)`` the survival masks of the
-        counts of modules that are on.
+        ``(B, M, 1)`` which modules are on; ``(B, M, E)`` the experts each has.
     """
     stays = experts[:, :1]
     on = stays > levels
     # What is left of a level after this decision is uniform again, and decides the count.
     left = torch.where(on, levels / stays.clamp_min(1e-12), (levels - stays) / (1 - stays).clamp_min(1e-12))
-    given = experts / stays.clamp_min(1e-12)
-    kept = given > left.detach()
+    kept = experts / stays.clamp_min(1e-12) > left
     kept[..., 0] = True
-    return on, kept, given
+    return on, kept
 
 
 def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tensor:
@@ -132,8 +131,13 @@ def _levels(vectors: SelectionVectors, step: int, kind: Rows, rows: int) -> Tens
     return torch.from_numpy(np.ascontiguousarray(levels))
 
 
-def _log_chance(given: Tensor, kept: Tensor, on: Tensor) -> Tensor:
-    """``(B,)`` log-probability of the counts of the modules that are on; arguments as returned by `_counts`."""
+def _log_chance(vectors: SelectionVectors, kept: Tensor, on: Tensor) -> Tensor:
+    """``(B,)`` log-probability of the counts of the modules that are on; draws as returned by `_counts`.
+
+    Its graph is its own: the backward of the masks comes after that of the losses (see `split_pass.leaves_of`).
+    """
+    experts, _ = vectors.survival_masks()
+    given = experts / experts[:, :1].clamp_min(1e-12)
     chance = -F.pad(given, (0, 1)).diff(dim=-1)  # (M, E), of counts 1..E
     logs = chance.clamp_min(1e-12).log().expand(len(kept), -1, -1)
     drawn = kept.sum(-1, keepdim=True) - 1
