@@ -72,8 +72,10 @@ def planted_plan(world: World) -> Allocation:
 
 def chance_plan(world: World, seed: int) -> Allocation:
     """A random plan of the same cost from what the search may choose."""
-    limits = {"max_experts": world.search.get("max_experts", 1), "max_rank": world.search["max_rank"]}
-    return random_plan(_shapes(world), budget(world), seed, top_k=_top_k(world), **limits, **ALPHA)
+    config = search_config(world, seed, "guilomo")
+    space = {"min_experts": config.least_experts, "max_experts": config.max_experts, "max_rank": config.max_rank}
+    floor = {"top_k": config.top_k, "top_k_floor": config.top_k_floor}
+    return random_plan(_shapes(world), budget(world), seed, **space, **floor, **ALPHA)
 
 
 def even_plan(world: World) -> Allocation:

@@ -218,6 +218,12 @@ def test_random_plans_below_one_rank_per_module(minilm: Shapes, budget: int) -> 
     assert random_plan(turned, budget, 7, **space).modules == plans[7].modules
 
 
+def test_random_plans_adapt_something_even_where_nothing_was_drawn() -> None:
+    shapes = {"a": ModuleShape(8, 8), "b": ModuleShape(8, 40)}
+    plans = [random_plan(shapes, 20, seed, min_experts=0, max_experts=1, max_rank=4, top_k=1) for seed in range(40)]
+    assert all(list(plan.adapted()) == ["a"] and plan["a"].rank == 1 for plan in plans)
+
+
 def test_random_plans_refuse_what_cannot_be(minilm: Shapes) -> None:
     with pytest.raises(GuilomoError, match=r"budget = 100 .*at least \d+, the cheapest module at rank 1"):
         random_plan(minilm, 100, min_experts=0)

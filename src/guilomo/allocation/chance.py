@@ -57,7 +57,7 @@ def random_plan(
     if fewest == 0 and budget is not None:
         order = sorted(shapes, key=lambda name: (draws[name].random(), name))
         kept = _affordable(order, Preference(experts, ranks), shapes, budget, terms)
-        experts = {name: count if name in kept else 0.0 for name, count in experts.items()}
+        experts = {name: max(count, 1.0) if name in kept else 0.0 for name, count in experts.items()}
     return fit(
         Preference(experts, ranks),
         shapes,
