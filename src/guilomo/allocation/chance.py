@@ -56,7 +56,7 @@ def random_plan(
     ranks = {name: tuple(draw.randint(1, max_rank) for _ in range(max_experts)) for name, draw in draws.items()}
     if fewest == 0 and budget is not None:
         order = sorted(shapes, key=lambda name: (draws[name].random(), name))
-        kept = _affordable(order, Preference(experts, ranks), shapes, budget, terms)
+        kept = _adapted(order, Preference(experts, ranks), shapes, budget, (max_experts, max_rank), terms)
         experts = {name: max(count, 1.0) if name in kept else 0.0 for name, count in experts.items()}
     return fit(
         Preference(experts, ranks),
@@ -83,30 +83,35 @@ def _fewest(min_experts: int | None, low: int, max_experts: int) -> int:
     return min_experts
 
 
-def _affordable(
-    order: list[str], drawn: Preference, shapes: Shapes, budget: int | Allocation, terms: Common
+def _adapted(
+    order: list[str],
+    drawn: Preference,
+    shapes: Shapes,
+    budget: int | Allocation,
+    caps: tuple[int, int],
+    terms: Common,
 ) -> set[str]:
-    """The drawn modules, first come first served, that the budget can pay at their fewest experts of rank 1.
+    """The modules that are adapted: in `order`, those that drew experts, then others until the budget can be used up.
 
-    Where nothing was drawn, or nothing drawn can be paid, the first module that can be is taken.
+    None that the budget cannot pay at its fewest experts of rank 1 beside those before it.
     """
-    router = terms.get("router", linear_router)
-    floor = terms.get("top_k_floor", True)
+    router, floor = terms.get("router", linear_router), terms.get("top_k_floor", True)
     room = same_budget(budget, router) if isinstance(budget, Allocation) else positive_int("budget", budget)
     all_wished = Preference(dict.fromkeys(shapes, 1.0), drawn.ranks)
-    modules = candidates(all_wished, shapes, Limits(terms.get("top_k", 2), floor, None, None))
-    least = {module.name: module.cost(module.low, 1, router) for module in modules}
+    limits = Limits(terms.get("top_k", 2), floor, *caps)
+    modules = {module.name: module for module in candidates(all_wished, shapes, limits)}
     kept: set[str] = set()
-    for name in [n for n in order if drawn.experts[n] > 0]:
-        if least[name] <= room:
+    least = most = 0
+    for name in sorted(order, key=lambda name: drawn.experts[name] == 0):
+        cheapest = modules[name].cost(modules[name].low, 1, router)
+        if (drawn.experts[name] > 0 or most < room) and least + cheapest <= room:
             kept.add(name)
-            room -= least[name]
-    if kept:
-        return kept
-    if min(least.values()) > room:
+            least, most = least + cheapest, most + modules[name].cost(*caps, router)
+    if not kept:
+        smallest = min(module.cost(module.low, 1, router) for module in modules.values())
         remedy = "Raise the budget, or adapt smaller modules."
-        raise invalid("budget", room, f"at least {min(least.values())}, the cheapest module at rank 1", remedy)
-    return {next(name for name in order if least[name] <= room)}
+        raise invalid("budget", room, f"at least {smallest}, the cheapest module at rank 1", remedy)
+    return kept
 
 
 def shuffled(plan: Allocation, seed: int = 0) -> Allocation:
