@@ -63,6 +63,17 @@ def show(summary: dict[str, Any], name: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def lead(results: dict[str, Any], method: dict[str, Any]) -> str:
+    """The paired difference in loss per row of the searched method and another; below 0 the search is better."""
+    tests = (t for t in results["tests"] if t["b"] == method["name"] and t["metric"] == "loss")
+    found = next(tests, None)
+    if found is None:
+        return "–"
+    p = found["p_corrected"]
+    sign = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{found['difference']:.3f} [{found['low']:.3f}, {found['high']:.3f}], {sign}"
+
+
 def rate_of(method: dict[str, Any]) -> str:
     """The learning rate that a method's sweep chose."""
     sweep = method["sweep"]
@@ -89,7 +100,7 @@ def section(results: dict[str, Any], folder: str) -> str:
     sizes = " and ".join(f"{data['sizes'][s]} {s.replace('_', '-')}" for s in ("train", "held_out", "test"))
     name, cores = results["name"], results["hardware"]["cores"]
     swept = any(method.get("sweep") for method in results["methods"])
-    head = [*columns, "parameters", *(["rate"] if swept else [])]
+    head = [*columns, "GuiLoMo's loss minus this", "parameters", *(["rate"] if swept else [])]
     lines = [
         f"## {name}",
         "",
@@ -103,7 +114,7 @@ def section(results: dict[str, Any], folder: str) -> str:
     for method in results["methods"]:
         cells = " | ".join(show(method["summary"], name) for name in columns)
         rate = f" {rate_of(method)} |" if swept else ""
-        lines.append(f"| {method['label']} | {cells} | {method['parameters']:,} |{rate}")
+        lines.append(f"| {method['label']} | {cells} | {lead(results, method)} | {method['parameters']:,} |{rate}")
     chance = data.get("chance")
     if chance is not None and metric == "accuracy":
         lines += ["", f"Always saying the most frequent class gives {100 * chance:.1f}."]

@@ -62,10 +62,11 @@ threshold at one half starves: what falls below learns nothing any more, and wha
 Sampled masks switch every component truly on and off, for every row anew, so that it keeps learning while it is in
 doubt and its absence shows in the loss.
 
-Ranks learn from slopes taken at both ends, on and off, which together give the difference that a component makes. For
-expert counts slopes say almost nothing: behind a router, a little more of one expert is not what one more expert
-would be. So counts learn from losses: every held-out row is seen under two draws, and the difference of the two
-losses, times the difference of the scores of the draws, estimates the gradient (`guilomo/search/draws.py`).
+Ranks, and whether a module is adapted at all, learn from slopes taken at both ends, on and off, which together give the
+difference that a component makes. For expert counts slopes say almost nothing: behind a router, a little more of one
+expert is not what one more expert would be. So counts learn from losses: every held-out row is seen under two draws,
+and the difference of the two losses, times the difference of the scores of the draws, estimates the gradient
+(`guilomo/search/draws.py`).
 
 ## What this does not show
 

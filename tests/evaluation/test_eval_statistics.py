@@ -156,7 +156,7 @@ def test_paired_runs_widens_with_disagreement_between_runs() -> None:
 @pytest.mark.parametrize("runs", [3, 5])
 @pytest.mark.parametrize(("luck", "rows"), [(1.0, 0.0), (0.0, 4.0), (0.3, 4.0)])
 def test_paired_runs_calls_nothing_something_in_one_case_of_twenty(runs: int, luck: float, rows: float) -> None:
-    """Whether training or test rows bring the noise; a bootstrap over 3 runs would err in one case of six."""
+    """Whether training or test rows bring the noise; a bootstrap over 3 runs errs in up to one of four."""
     generator = np.random.default_rng(5)
     errors = 0
     for _ in range(600):
