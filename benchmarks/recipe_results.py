@@ -1,9 +1,8 @@
-"""Writes docs/results.md and docs/regimes.md from the result files of recipes.
+"""Writes docs/results.md from the result files of the shipped recipes.
 
     python -m benchmarks.recipe_results
 
-A result file is the results.json of ``guilomo run FOLDER/NAME.yaml``, copied to benchmarks/results/FOLDER/NAME.json;
-FOLDER is ``recipes`` for those that are shipped, and ``regimes`` for those that look for where allocation matters.
+A result file is the results.json of ``guilomo run recipes/NAME.yaml``, copied to benchmarks/results/recipes/NAME.json.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
 RESULTS = """# Results of the shipped recipes
 
 Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/results/recipes`, each the `results.json` of
@@ -27,29 +27,6 @@ The searches of these files, but for the demo's, were made with soft masks, the 
 [planted.md](planted.md) showed that they find little; their searched rows say nothing about the present default. The
 other rows are not touched by that.
 """
-REGIMES = """# Where does allocation matter?
-
-Made by `python -m benchmarks.recipe_results` from the files in `benchmarks/results/regimes`; read as
-[results.md](results.md). The recipes are in `benchmarks/regimes`. These runs use the present default search and look
-for budgets and tasks where an allocation can matter. None is found yet, and the question is open.
-
-Also tried, with one seed each; stopped before they were whole, so that no result file can be shown:
-
-- `shakespeare-ranks` with modules that may go unadapted and with finer rates: 0.02 is the best rate for both, and the
-  test loss is 3.194 for LoRA and 3.223 for GuiLoMo. So a difference at one coarse rate, as in the table of
-  `shakespeare-ranks`, may be one of rates.
-- The same at rank 1 with 8 epochs: held-out loss 3.036 for LoRA, 3.039 for GuiLoMo. The training loss falls to 2.69,
-  while rank 2 had a held-out loss of 2.95 after 2 epochs: this little model is short of text there, not of capacity.
-
-`novels-long`, below, is 7,500 blocks of novels in one pass at rank 1: there too it hardly matters where the ranks are.
-
-Next: budgets below one rank per module, where the question is which modules are adapted at all. A first probe, one
-seed, 1,600 parameters, 4,500 blocks of novels: test loss 3.025 for the searched plan (mostly value projections and the
-last layer), 3.029, 3.050 and 3.058 for three random choices of modules, 3.067 for rank 1 on all query and value
-projections (1,120 parameters).
-"""
-PAGES = {"results": ("recipes", RESULTS), "regimes": ("regimes", REGIMES)}
-"""For each page of docs, the folder its results come from and what it begins with."""
 
 
 def show(summary: dict[str, Any], name: str) -> str:
@@ -95,8 +72,7 @@ def section(results: dict[str, Any], folder: str) -> str:
     """One run: what it was, the table, the verdict."""
     data, metric = results["data"], results["primary_metric"]
     columns = [metric] + [name for name in ("loss",) if name != metric]
-    seeds = results["config"]["seeds"]
-    search = results["search"] or {"seconds": 0}
+    seeds, seconds = results["config"]["seeds"], results["seconds"]
     sizes = " and ".join(f"{data['sizes'][s]} {s.replace('_', '-')}" for s in ("train", "held_out", "test"))
     name, cores = results["name"], results["hardware"]["cores"]
     swept = any(method.get("sweep") for method in results["methods"])
@@ -106,7 +82,7 @@ def section(results: dict[str, Any], folder: str) -> str:
         "",
         f"`guilomo run {folder}/{name}.yaml`: {data['kind']}, model `{results['model']['name']}`, {sizes} rows, budget "
         f"{results['budget']['parameters']:,} parameters, seeds {', '.join(map(str, seeds))}. "
-        f"Search {search['seconds']:.0f} s, all {results['seconds']['total']:.0f} s on {cores} cores.",
+        f"Searches {seconds.get('search', 0):.0f} s, all {seconds['total']:.0f} s on {cores} cores.",
         "",
         f"| method | {' | '.join(head)} |",
         f"| --- | {' | '.join('---:' for _ in head)} |",
@@ -118,19 +94,20 @@ def section(results: dict[str, Any], folder: str) -> str:
     chance = data.get("chance")
     if chance is not None and metric == "accuracy":
         lines += ["", f"Always saying the most frequent class gives {100 * chance:.1f}."]
-    lines += ["", *[f"- {sentence}" for sentence in (*results["verdict"], *movement(search))], ""]
+    lines += ["", *[f"- {sentence}" for sentence in (*results["verdict"], *movement(results["search"] or {}))], ""]
     return "\n".join(lines)
 
 
-def page(name: str) -> str:
-    """A whole page."""
-    folder, head = PAGES[name]
+def results_in(folder: str) -> dict[str, dict[str, Any]]:
+    """The result files of a folder by name, in the order of their names."""
     files = sorted((ROOT / "benchmarks" / "results" / folder).glob("*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    where = folder if folder == "recipes" else f"benchmarks/{folder}"
-    return head + "\n" + "\n".join(section(results, where) for results in found)
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def page() -> str:
+    """The whole page."""
+    return RESULTS + "\n" + "\n".join(section(found, "recipes") for found in results_in("recipes").values())
 
 
 if __name__ == "__main__":
-    for name in PAGES:
-        (ROOT / "docs" / f"{name}.md").write_text(page(name), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

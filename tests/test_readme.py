@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from benchmarks import recipe_results
+from benchmarks import recipe_results, regimes_page
 from guilomo.run import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -60,9 +61,9 @@ def test_recipes_and_files_that_are_named_exist() -> None:
         assert (ROOT / target).is_file(), target
 
 
-@pytest.mark.parametrize("name", recipe_results.PAGES)
-def test_results_pages_are_those_the_result_files_give(name: str) -> None:
-    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == recipe_results.page(name)
+@pytest.mark.parametrize("made", [recipe_results, regimes_page], ids=["results", "regimes"])
+def test_results_pages_are_those_the_result_files_give(made: Any) -> None:
+    assert made.PAGE.read_text(encoding="utf-8") == made.page()
 
 
 def test_planted_numbers_are_those_of_the_result_file() -> None:
