@@ -64,7 +64,7 @@ def random_plan(
         budget=budget,
         max_experts=max_experts,
         max_rank=max_rank,
-        strategy=f"random(seed={seed}, max_experts={max_experts}, max_rank={max_rank})",
+        strategy=f"random(seed={seed}, experts={fewest}-{max_experts}, max_rank={max_rank})",
         **terms,
     )
 
