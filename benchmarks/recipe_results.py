@@ -20,12 +20,13 @@ one run. All methods of a run have the same budget of trainable parameters (rout
 same rows. Where a column `rate` stands, each method was trained at every rate of the recipe's sweep and the one of the
 lowest held-out loss was kept; `edge` says that it lies at an end of the sweep. LoRA, uniform, MoLA and AlphaLoRA have
 one plan; the random control draws a plan for every seed, and where the recipe says `search_per_seed` so does the
-search. The plain words under each table say what its numbers allow. Most ran on one thread, two at a time, so that
-their times are upper bounds.
+search; `shuffled` deals the searched experts out anew among modules of equal shape.
 
-The searches of these files, but for the demo's, were made with soft masks, the default before
-[planted.md](planted.md) showed that they find little; their searched rows say nothing about the present default. The
-other rows are not touched by that.
+*GuiLoMo's loss minus this* is the difference in loss per row, paired by row and seed, with its 95 % interval and its
+p-value after Holm's correction over all tests of the run; below 0 the search is better. Intervals of single methods
+include the choice of test rows, which all methods share, so that they overlap more than the differences do. The plain
+words under each table say what its numbers allow. Most ran on one thread, two or three at a time, so that their times
+are upper bounds. Budgets at which an allocation matters are in [regimes.md](regimes.md).
 """
 
 
