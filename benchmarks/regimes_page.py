@@ -84,8 +84,8 @@ def chance_note(results: dict[str, dict[str, Any]]) -> str:
     return (
         f"What a search is worth in random plans: of {len(random)} of them with 1,120 parameters (some are in\n"
         f"`{CHANCE}`), {as_good} were as good as the search is on average ({searched:.3f}); their mean is\n"
-        f"{mean(random):.3f}. The search costs about as much as four of these short trainings. The best of four random\n"
-        f"plans, were it known which is best, has {best_of_four:.3f} on average.\n"
+        f"{mean(random):.3f}. The search costs about as much as four of these short trainings. The best of four\n"
+        f"random plans, were it known which is best, has {best_of_four:.3f} on average.\n"
     )
 
 

@@ -78,3 +78,14 @@ def test_planted_numbers_are_those_of_the_result_file() -> None:
         guilomo, random, code = (found[world]["spearman"][name] for name in ("guilomo", "random", "authors_code"))
         shown = [f"{s['value']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (guilomo, code)]
         assert f"| {label} | {shown[0]} | {random['value']:.2f} | {shown[1]} |" in README
+
+
+@pytest.mark.parametrize(("label", "file"), [("novels", "regimes/novels-1120"), ("Shakespeare", "recipes/shakespeare")])
+def test_losses_on_text_are_those_of_the_result_files(label: str, file: str) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    losses = {method["name"]: method["summary"]["loss"]["mean"] for method in found["methods"]}
+    shown = [f"{losses[name]:.3f}" for name in ("guilomo", "lora-qv", "random", "shuffled")]
+    (lead,) = (t for t in found["tests"] if t["b"] == "lora-qv" and t["metric"] == "loss")
+    shown.append(f"{lead['difference']:.3f} [{lead['low']:.3f}, {lead['high']:.3f}]")
+    assert f"| {label} | {' | '.join(shown)} |" in README
+    assert len(found["methods"][0]["runs"]) == 5
