@@ -32,8 +32,9 @@ def random_plan(
 
     Every module draws its count uniformly from min_experts..max_experts and each expert its rank from 1..max_rank;
     `fit` then meets the budget under the same two caps. Each module draws from its own generator, seeded with the seed
-    and its name: the order of `shapes`, or a further module, does not change what a module draws. Where the budget
-    cannot pay all drawn modules even at rank 1, some are left out, by chance too. Source: ours.
+    and its name: the order of `shapes`, or a further module, does not change what a module draws. Where modules may go
+    unadapted, chance also decides which drawn ones the budget cannot pay, and which others help to use it up. Source:
+    ours.
 
     Args:
         shapes: module -> (I, O).

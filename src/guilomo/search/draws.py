@@ -85,20 +85,23 @@ def show(vectors: SelectionVectors, step: int, groups: Sequence[tuple[Rows, int]
         return Shown(vectors.masks(detach=learn_from >= len(groups)))
     experts, ranks = vectors.survival_masks()
     levels = torch.cat([_levels(vectors, step, kind, rows) for kind, rows in groups]).to(experts)
-    learns = torch.cat([torch.full((rows,), float(i >= learn_from)) for i, (_, rows) in enumerate(groups)]).to(experts)
+    learns = torch.cat([torch.full((rows,), i >= learn_from) for i, (_, rows) in enumerate(groups)])
     on, kept = _counts(experts, levels[..., :1])
-    shown = (ranks > levels[..., 1:, None]).to(ranks)  # (B, M, E, R)
-    if learn_from < len(groups):
-        shown = shown + learns[:, None, None, None] * (ranks - ranks.detach())
+    shown = _through(ranks > levels[..., 1:, None], ranks, learns)  # (B, M, E, R)
     if vectors.least_experts == 0:
-        stays = on.to(ranks)
-        if learn_from < len(groups):
-            stays = stays + learns[:, None, None] * (experts[:, :1] - experts[:, :1].detach())
-        shown = shown * stays[..., None]
+        shown = shown * _through(on, experts[:, :1], learns)[..., None]
     offsets = torch.where(kept, 0.0, relax.EXPERT_BLOCK).to(experts)
     parts = zip(vectors.names, offsets.unbind(1), shown.flatten(2).unbind(1), strict=True)
     masks = {name: SelectionMasks(None if e.shape[-1] == 1 else e, r) for name, e, r in parts}
     return Shown(masks, _log_chance(vectors, kept, on) if vectors.pairs else None)
+
+
+def _through(drawn: Tensor, chance: Tensor, learns: Tensor) -> Tensor:
+    """The draw ``(B, ...)`` as numbers, with the gradient of its `chance` ``(...)`` in the rows ``(B,)`` that learn."""
+    if not learns.any():
+        return drawn.to(chance)
+    slope = chance - chance.detach()  # exactly 0
+    return drawn.to(chance) + learns.to(chance).view(-1, *[1] * chance.dim()) * slope
 
 
 @torch.no_grad()
