@@ -56,8 +56,8 @@ What the novels show, and what they do not:
   alike, has a larger effect.
 - These are short trainings of a very small model. Whether it is so for large ones is not shown.
 
-With two experts of rank 2 everywhere as the budget, on Shakespeare (`shakespeare-mixtures`, all six methods), the search
-is better than MoLA beyond noise, and can be told from nothing else; plain LoRA and uniform experts are as good.
+With two experts of rank 2 everywhere as the budget, on Shakespeare (`shakespeare-mixtures`, all six methods), the
+search is better than MoLA beyond noise, and cannot be told from the others.
 
 On SST-2 with MiniLM (`sst2-9216`, the cost of rank 1 on query and value) the search is as good as plain LoRA on those
 targets, and what it wins over random plans is not beyond noise. With 1,200 training rows, plain LoRA of 9,216
