@@ -38,7 +38,8 @@ groups and changes each group its own way |
 All directions of a change weigh the same, so that a rank is needed in full. In the rank worlds a module may get
 nothing. Found counts are those of the plan, after the projection onto the budget. *Spearman* correlates planted and
 found counts over the modules (a plan that is the same everywhere counts as 0); *random* is the mean of 20 random
-plans per seed, which leave modules out where the search may, so that *uniform* is the harder control there. Losses are those of fresh trainings on test rows at equal budget, as shares of what the planted change
+plans per seed, which leave modules out where the search may, so that *uniform* is the harder control there.
+Losses are those of fresh trainings on test rows at equal budget, as shares of what the planted change
 does to the outputs: 1 is the unadapted network, 0.01 is the noise. *Minus uniform* and *minus random* are differences
 of losses, paired by seed; below 0 is better. All intervals are 95 %, Student's t over seeds, which does not know that
 correlations end at 1.
