@@ -8,10 +8,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from guilomo.layers.paths import PATHS, using
 
 # The matrices are tiny: more threads cost more than they save, and one thread makes sums repeatable.
 torch.set_num_threads(1)
@@ -21,6 +24,13 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """Every test starts from the same random state, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every way of computing a mixture; the sorted one steps aside where it cannot serve."""
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def _frozen_outputs(model: PeftModel, gates: dict[str, Tensor], name: str) -> Te
     for layer in layers:
         weights = gates[layer.name].float()
         router = layer.molora_router["default"]
-        router.route = lambda u, w=weights: Routing(w.expand_as(u), u.softmax(-1), torch.ones_like(u).bool(), u)
+        router.route = lambda u, w=weights: Routing(w.expand_as(u), u)
     found = _outputs(model, name)
     for layer in layers:
         del layer.molora_router["default"].route

@@ -27,9 +27,8 @@ def even(tokens: int = 12) -> Routing:
         chosen[t, [(t + k) % E for k in range(K)]] = True
     return Routing(
         weights=chosen.double() / K,
-        probabilities=torch.full((tokens, E), 1 / E, dtype=torch.float64),
-        chosen=chosen,
         logits=torch.zeros(tokens, E, dtype=torch.float64),
+        kept=chosen,
     )
 
 
@@ -79,7 +78,7 @@ def test_switch_per_slot_is_the_loss_of_transformers() -> None:
 def test_sign_form_is_not_bounded_below_by_one() -> None:
     """Three experts, tokens (.9, .1, 0) and (0, .1, .9): E * sum f W = 0.825."""
     weights = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float64)
-    routing = Routing(weights, weights, weights > 0, weights)
+    routing = Routing(weights, weights, weights > 0)
     assert balance_loss("sign", router_statistics(routing, None)).item() == pytest.approx(0.825, abs=1e-12)
 
 

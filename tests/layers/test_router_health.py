@@ -12,7 +12,7 @@ from guilomo.layers import Routing, router_health, router_statistics
 
 def _routing(weights: list[list[float]]) -> Routing:
     w = torch.tensor(weights, dtype=torch.float64)
-    return Routing(w, w, w > 0, w)
+    return Routing(w, w, w > 0)
 
 
 def test_even_and_undecided() -> None:

@@ -12,6 +12,8 @@ from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.tuner import LoraMoeLayer
 from tiny_models import build, inputs_for
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 class OneLinear(nn.Module):
     def __init__(self) -> None:
@@ -80,7 +82,7 @@ def test_a_row_does_not_see_its_batch() -> None:
         assert torch.allclose(alone[0], together[row], rtol=1e-10, atol=1e-12)
 
 
-def test_padding_content_changes_no_gradient() -> None:
+def test_padding_content_changes_no_gradient(path: str) -> None:
     """Task and router losses alike: what stands in the padding is never seen."""
     inputs = inputs_for("llama")
     pads = inputs["attention_mask"] == 0
@@ -94,7 +96,10 @@ def test_padding_content_changes_no_gradient() -> None:
     other = inputs["input_ids"].masked_fill(pads, 5)
     assert not torch.equal(other, inputs["input_ids"])
     first, second = run(inputs["input_ids"], inputs["attention_mask"]), run(other, inputs["attention_mask"])
-    assert all(torch.equal(first[n], second[n]) for n in first)
+    if path == "sorted":  # other pads sort otherwise, and sums round otherwise
+        assert all(torch.allclose(first[n], second[n], rtol=1e-4, atol=1e-7) for n in first)
+    else:
+        assert all(torch.equal(first[n], second[n]) for n in first)
     counted = run(other, torch.ones_like(pads, dtype=torch.long))
     assert not all(torch.equal(first[n], counted[n]) for n in first), "the padding would have mattered"
 

@@ -12,6 +12,8 @@ from guilomo.layers import router_statistics
 from guilomo.tuner import LoraMoeLayer, context_of
 from tiny_models import build, inputs_for
 
+pytestmark = pytest.mark.usefixtures("path")
+
 MODES = ["none", "non-reentrant", "reentrant"]
 
 

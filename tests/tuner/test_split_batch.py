@@ -11,6 +11,8 @@ from adapter_tools import attach
 from guilomo.tuner import SelectionMasks, context_of
 from tiny_models import build, inputs_for
 
+pytestmark = pytest.mark.usefixtures("path")
+
 ROWS = 3
 
 

@@ -14,6 +14,7 @@ P_e is the mean softmax probability over all experts; no gradient flows through 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -31,6 +32,8 @@ class RouterStatistics:
         tokens: ``()`` number of tokens; counts: ``(E,)`` times chosen; probability: ``(E,)`` summed softmax;
         weight: ``(E,)`` summed routing weight; square_lse: ``()`` summed squared logsumexp of the logits;
         entropy: ``()`` summed entropy of the routing weights, in nats.
+
+    Sums that were not asked for are 0.
     """
 
     tokens: Tensor
@@ -47,26 +50,43 @@ class RouterStatistics:
         return RouterStatistics(*(getattr(self, f.name).detach() for f in fields(self)))
 
 
-def router_statistics(routing: Routing, real: Tensor | None) -> RouterStatistics:
+EVERYTHING = frozenset({"counts", "probability", "weight", "square_lse", "entropy"})
+
+
+def router_statistics(routing: Routing, real: Tensor | None, wanted: frozenset[str] = EVERYTHING) -> RouterStatistics:
     """Sums over tokens of a routing.
 
     Args:
         routing: of ``(..., E)`` tokens.
         real: ``(...)`` bool or 0/1, which tokens count (not padding, not held out); None for all.
+        wanted: the sums to make, beside that of the tokens. A step pays for each of them in every adapted linear.
     """
-    experts = routing.logits.shape[-1]
-    logits, probabilities = routing.logits.reshape(-1, experts), routing.probabilities.reshape(-1, experts)
-    weights, chosen = routing.weights.reshape(-1, experts), routing.chosen.reshape(-1, experts)
-    share = logits.new_ones(logits.shape[0]) if real is None else real.reshape(-1).to(logits.dtype)
-    entropy = -torch.special.xlogy(weights.detach(), weights.detach()).sum(-1)
-    return RouterStatistics(
-        tokens=share.sum(),
-        counts=share @ chosen.to(share.dtype),
-        probability=share @ probabilities,
-        weight=share @ weights,
-        square_lse=share @ logits.logsumexp(-1).square(),
-        entropy=share @ entropy,
-    )
+    logits = routing.logits
+    share = None if real is None else real.reshape(-1).to(logits.dtype)
+
+    def total(values: Tensor) -> Tensor:
+        flat = values.reshape(-1, *values.shape[logits.dim() - 1 :])
+        return flat.sum(0) if share is None else share @ flat
+
+    tokens = logits.new_full((), logits.shape[:-1].numel()) if share is None else share.sum()
+    found = {name: total(_PER_TOKEN[name](routing)) for name in sorted(wanted)}
+    zero = torch.zeros_like(tokens)
+    return RouterStatistics(tokens, **{name: found.get(name, zero) for name in EVERYTHING})
+
+
+def _entropy(routing: Routing) -> Tensor:
+    weights = routing.weights.detach()
+    entropy: Tensor = -torch.special.xlogy(weights, weights).sum(-1)
+    return entropy
+
+
+_PER_TOKEN: dict[str, Callable[[Routing], Tensor]] = {
+    "counts": lambda routing: routing.chosen.to(routing.logits.dtype),
+    "probability": lambda routing: routing.probabilities,
+    "weight": lambda routing: routing.weights,
+    "square_lse": lambda routing: routing.logits.logsumexp(-1).square(),
+    "entropy": _entropy,
+}
 
 
 def _switch(s: RouterStatistics) -> Tensor:
@@ -94,6 +114,12 @@ BALANCE_FORMS = {
     "sign": _sign,
     "cv_squared": _cv_squared,
 }
+_READ_BY = {
+    "switch": ("counts", "probability"),
+    "switch_per_slot": ("counts", "probability"),
+    "sign": ("counts", "weight"),
+    "cv_squared": ("weight",),
+}
 
 
 def balance_loss(form: str, statistics: RouterStatistics) -> Tensor:
@@ -101,6 +127,11 @@ def balance_loss(form: str, statistics: RouterStatistics) -> Tensor:
     if form not in BALANCE_FORMS:
         raise unknown("balance_loss", form, BALANCE_FORMS)
     return BALANCE_FORMS[form](statistics)
+
+
+def read_by(form: str | None, z_loss: bool) -> frozenset[str]:
+    """The sums that the named balance loss and, if asked for, the z-loss are made of."""
+    return frozenset((*_READ_BY.get(form or "", ()), *(("square_lse",) if z_loss else ())))
 
 
 def z_loss(statistics: RouterStatistics) -> Tensor:

@@ -52,6 +52,16 @@ class ExpertLayout(nn.Module):
     def experts(self) -> int:
         return len(self._ranks)
 
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """One per expert, on the host."""
+        return self._ranks
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """One per expert."""
+        return self._scales
+
 
 def packed_delta(
     x: Tensor,

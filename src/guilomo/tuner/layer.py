@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from guilomo.allocation.plan import Allocation, ModuleShape
 from guilomo.errors import GuilomoError
 from guilomo.layers.attach import attach_loss
-from guilomo.layers.balance import router_statistics
+from guilomo.layers.balance import EVERYTHING, router_statistics
+from guilomo.layers.fused import computation_dtype, expand, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
+from guilomo.layers.paths import forced, sorting_pays
 from guilomo.layers.routers import router_class
+from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routing import Router, Routing
+from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
 from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
 from guilomo.tuner.router_loss import RouterLoss
+
+Addition = Callable[[Tensor], Tensor]
+"""Adds a mixture to the output of the frozen layer."""
 
 
 class LoraMoeLayer(nn.Module, BaseTunerLayer):
@@ -76,34 +85,123 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
-            return y
-        dtype = y.dtype
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        additions = []
         for adapter in self.active_adapters:
             if adapter in self.molora_A:
-                y = self._add_mixture(y, x, adapter)
+                x, add = self._begin(x, adapter)
+                additions.append(add)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        for add in additions:
+            y = add(y)
         return y.to(dtype)
 
-    def _add_mixture(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """``y + B (s * gate * A x)``, with the adapter's router loss attached."""
-        a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self.molora_layout[adapter]
-        assert isinstance(layout, ExpertLayout)
-        masks = self.context.masks_for(self.name, x)
-        x = self._cast_input_dtype(x, a.dtype)
-        split = self.context.split_at(x)
-        routing = self._route(x, adapter, masks, split)
+    def _begin(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
+        """The x that the frozen layer is to read, and what adds the mixture, router loss attached, to its output."""
+        if torch.compiler.is_compiling() or forced() == "packed":
+            return self._packed(x, adapter)
+        return self._sorted(x, adapter) if self._sorts(x, adapter) else self._fused(x, adapter)
+
+    def _sorts(self, x: Tensor, adapter: str) -> bool:
+        """Whether the sorted path can be taken, and is asked for or pays."""
+        router = self._router(adapter)
+        searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
+        dropping = self.training and self._dropout(adapter) > 0
+        if not isinstance(router, LinearRouter) or router.dense or searching or dropping or forced() == "fused":
+            return False
+        a = self.molora_A[adapter]
+        sizes = x.shape[:-1].numel(), len(a), router.top_k, router.experts
+        return forced() == "sorted" or sorting_pays(*sizes, computation_dtype(x, a), x.device)
+
+    def _sorted(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
+        a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
+        router = self._router(adapter)
+        assert router is not None
+        read, _, logits = shrink(x, a.detach()[:0], router.score_rows, None, 0.0)
+        assert logits is not None
+        routing = router.route(logits)
+        order = sort_tokens(routing.chosen, layout.all_ranks)
+        read, h = gather_shrink(read, a.to(computation_dtype(x, a)), order)
+
+        def add(y: Tensor) -> Tensor:
+            y = scatter_expand(y, h, routing.weights, order, b, layout.scales, self._owns(y))
+            return self._attach_losses(y, x, routing, adapter)
+
+        return read, add
+
+    def _packed(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
+        a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
+        masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
+        wide = self._cast_input_dtype(x, a.dtype)
+        routing = self._route(self._logits(wide, adapter, split), adapter, masks, split)
         weights = None if routing is None else routing.weights
         rank_mask = None if masks is None else masks.rank
-        y = y + packed_delta(self.molora_dropout[adapter](x), a, b, weights, layout.spread, rank_mask, split)
-        return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
-    def _route(self, x: Tensor, adapter: str, masks: SelectionMasks | None, split: int | None) -> Routing | None:
+        def add(y: Tensor) -> Tensor:
+            dropped = self.molora_dropout[adapter](wide)
+            y = y + packed_delta(dropped, a, b, weights, layout.spread, rank_mask, split)
+            return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+        return x, add
+
+    def _fused(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
+        b, layout = self.molora_B[adapter], self._layout(adapter)
+        masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
+        router = self._router(adapter)
+        rows = None if router is None else router.score_rows
+        drop = self._dropout(adapter) if self.training else 0.0
+        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, drop)
+        if router is not None and rows is None:
+            logits = self._logits(x, adapter, split)
+        routing = self._route(logits, adapter, masks, split)
+        weights = None if routing is None else routing.weights
+        rank_mask = None if masks is None or masks.rank is None else masks.rank
+        if rank_mask is not None and rank_mask.dim() > 1:
+            rank_mask = rank_mask.reshape(len(rank_mask), -1)
+
+        def add(y: Tensor) -> Tensor:
+            y = expand(y, h, weights, layout.spread, rank_mask, b, split, self._owns(y))
+            return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+        return read, add
+
+    def _owns(self, y: Tensor) -> bool:
+        """Whether the frozen layer's output may be changed in place: a fresh product that nobody else has seen."""
+        base = self.base_layer
+        return isinstance(base, (nn.Linear, Conv1D)) and not base._forward_hooks and not y._is_view()
+
+    def _layout(self, adapter: str) -> ExpertLayout:
+        layout = self.molora_layout[adapter]
+        assert isinstance(layout, ExpertLayout)
+        return layout
+
+    def _router(self, adapter: str) -> Router | None:
+        """None for a single expert."""
         if adapter not in self.molora_router:
             return None
         router = self.molora_router[adapter]
         assert isinstance(router, Router)
-        logits = router.logits(x) if split is None else _logits_of_training_rows(router, x, split)
+        return router
+
+    def _dropout(self, adapter: str) -> float:
+        dropout = self.molora_dropout[adapter]
+        assert isinstance(dropout, nn.Dropout)
+        return dropout.p
+
+    def _logits(self, x: Tensor, adapter: str, split: int | None) -> Tensor | None:
+        router = self._router(adapter)
+        if router is None:
+            return None
+        return router.logits(x) if split is None else _logits_of_training_rows(router, x, split)
+
+    def _route(
+        self, logits: Tensor | None, adapter: str, masks: SelectionMasks | None, split: int | None
+    ) -> Routing | None:
+        router = self._router(adapter)
+        if logits is None or router is None:
+            return None
         if masks is not None and masks.log_expert is not None:
             offset = masks.log_expert.to(logits.dtype)
             logits = shift_by_held_out_rows(logits, offset, split)
@@ -114,7 +212,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         needed = loss.active and self.training and self.context.attach_losses and torch.is_grad_enabled()
         if not needed and not self.context.record:
             return y
-        statistics = router_statistics(routing, self.context.counted(x))
+        wanted = EVERYTHING if self.context.record else loss.reads
+        statistics = router_statistics(routing, self.context.counted(x), wanted)
         if adapter == self.active_adapters[0]:  # one record per module: adapters may differ in their expert counts
             self.context.observe(self.name, statistics)
         value = loss(self.context, statistics) if needed else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from guilomo.layers.balance import RouterStatistics, balance_loss, z_loss
+from guilomo.layers.balance import RouterStatistics, balance_loss, read_by, z_loss
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext
 
@@ -34,6 +35,11 @@ class RouterLoss:
     def active(self) -> bool:
         return (self.form is not None and self.balance_coefficient > 0) or self.z_coefficient > 0
 
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The router statistics that it is made of."""
+        return read_by(self.form if self.balance_coefficient > 0 else None, self.z_coefficient > 0)
+
     def __call__(self, context: RoutingContext, statistics: RouterStatistics) -> Tensor | None:
         """The weighted loss ``()`` if this module completes its group, else None."""
         if self.members > 1:
@@ -47,10 +53,12 @@ class RouterLoss:
                 statistics = statistics + other
         if context.total is not None:
             statistics = context.total(statistics)
-        value = self.z_coefficient * z_loss(statistics)
-        if self.form is not None:
-            value = value + self.balance_coefficient * balance_loss(self.form, statistics)
-        return value * self.share
+        parts = []
+        if self.z_coefficient > 0:
+            parts.append(self.z_coefficient * self.share * z_loss(statistics))
+        if self.form is not None and self.balance_coefficient > 0:
+            parts.append(self.balance_coefficient * self.share * balance_loss(self.form, statistics))
+        return sum(parts[1:], parts[0])
 
 
 def router_losses(config: LoraMoeConfig, groups: dict[str, list[str]], adapter: str) -> dict[str, RouterLoss]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from guilomo.layers.routers.linear import LinearRouter
-from guilomo.layers.routing import Routing
+from guilomo.layers.routing import Routing, softmax_over_experts
 
 
 class DenseRouter(LinearRouter):
@@ -15,5 +14,4 @@ class DenseRouter(LinearRouter):
     dense = True
 
     def route(self, logits: Tensor) -> Routing:
-        probabilities = logits.softmax(dim=-1)
-        return Routing(probabilities, probabilities, torch.ones_like(logits, dtype=torch.bool), logits)
+        return Routing(softmax_over_experts(logits), logits)

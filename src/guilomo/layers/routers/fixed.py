@@ -49,5 +49,4 @@ class FixedRouter(Router):
         return scores.expand(*x.shape[:-1], -1)
 
     def route(self, logits: Tensor) -> Routing:
-        weights = logits.exp()
-        return Routing(weights, logits.softmax(dim=-1), torch.ones_like(logits, dtype=torch.bool), logits)
+        return Routing(logits.exp(), logits)

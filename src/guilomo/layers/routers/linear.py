@@ -25,6 +25,10 @@ class LinearRouter(Router):
     def parameters_for(experts: int, in_features: int) -> int:
         return experts * in_features
 
+    @property
+    def score_rows(self) -> Tensor:
+        return self.weight
+
     def logits(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
         # Autocast would turn the product back into half precision, which is what the cast is there to avoid.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from guilomo.layers.routers.linear import LinearRouter
-from guilomo.layers.routing import Routing
+from guilomo.layers.routing import Routing, softmax_over_experts
 
 
 class TopKRouter(LinearRouter):
@@ -19,13 +21,43 @@ class TopKRouter(LinearRouter):
     """
 
     def route(self, logits: Tensor) -> Routing:
-        probabilities = logits.softmax(dim=-1)
         if self.top_k == self.experts:
-            return Routing(probabilities, probabilities, torch.ones_like(logits, dtype=torch.bool), logits)
-        kept = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
+            return Routing(softmax_over_experts(logits), logits)
+        kept = largest(logits.detach(), self.top_k)
         if self.top_k == 1:
-            weights = probabilities * chosen
-        else:
-            weights = logits.masked_fill(~chosen, float("-inf")).softmax(dim=-1)
-        return Routing(weights, probabilities, chosen, logits)
+            alone = torch.zeros_like(logits).scatter(-1, kept, 1.0)
+            return Routing(softmax_over_experts(logits) * alone, logits, kept)
+        weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
+        return Routing(weights, logits, kept)
+
+
+@torch.no_grad()
+def largest(logits: Tensor, k: int) -> Tensor:
+    """``(..., k)`` indices of the `k` largest of ``(..., E)``, largest first; of equal ones the lowest comes first.
+
+    `torch.topk` does not say which of equal ones it takes.
+    """
+    if k > 2 or logits.shape[:-1].numel() < 64:
+        return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :k]
+    # For many tokens two passes are faster than sorting.
+    first = logits.argmax(-1, keepdim=True)
+    if k == 1:
+        return first
+    second = logits.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
+    return torch.cat([first, second], dim=-1)
+
+
+class _SoftmaxOverKept(torch.autograd.Function):
+    """``(..., E)``: softmax over the kept logits, 0 elsewhere. Saves only its result."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, kept: Tensor) -> Tensor:
+        weights = torch.zeros_like(logits).scatter_(-1, kept, softmax_over_experts(logits.gather(-1, kept)))
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, d_weights: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        moved = weights * d_weights
+        return moved - weights * moved.sum(-1, keepdim=True), None

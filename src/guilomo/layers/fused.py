@@ -1,0 +1,281 @@
+"""The fused path: two hand-written autograd nodes with the frozen linear between them.
+
+    x, h, logits = shrink(x, A, W)      h = A x; the router's rows W are stacked under A: one product serves both
+    y = frozen(x)
+    y = expand(y, h, weights, ...)      y += B (gate * h), in place, with gate = weights spread over the rank rows
+
+The frozen linear reads the x that `shrink` gives back. So the backward of `shrink` receives the gradient that the
+frozen linear found for x, and adds its own part into it: nothing of the size of x or y is allocated beside what the
+frozen linear makes. It is only ever called, never read, so it may be quantised, sharded or a Conv1D.
+
+Saved for the backward: x, ``h (T, R)`` and ``weights (T, E)``. That the low-rank products can be accumulated into the
+frozen ones is common (unsloth, LoRAFusion arXiv 2510.00206); gates in rank space, stacked router rows and the split of
+rows are ours. The twin that the tests compare with is `guilomo.layers.naive`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MANY_TOKENS = 64
+"""From here on copying the router's rows under A costs less than reading x a second time."""
+
+
+def shrink(
+    x: Tensor, a: Tensor, score_rows: Tensor | None, training_rows: int | None, drop: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``A x`` and the router's logits of the same x.
+
+    Args:
+        x: ``(N, ..., I)`` input of the adapted linear, T tokens in all.
+        a: ``(R, I)`` packed down-projections.
+        score_rows: ``(E, I)`` of a router whose logits are linear, or None.
+        training_rows: in a split batch, how many leading rows feed the two weights.
+        drop: probability with which an entry of x is dropped for `a`; the router sees all of x.
+
+    Returns:
+        x for the frozen linear to read, ``(T, R)`` in the computation's dtype, and ``(N, ..., E)`` logits in float32 or
+        better (None without `score_rows`).
+    """
+    dtype = computation_dtype(x, a)
+    seed = None if drop == 0 else int(torch.randint(2**62, ()))
+    if not torch.is_grad_enabled():
+        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed))
+        return x, h, logits
+    read, h, logits = _Shrink.apply(x, a, score_rows, training_rows, dtype, drop, seed)
+    # Where x has no gradient, the frozen linear must not be made to compute one.
+    return (read if x.requires_grad else x), h, logits
+
+
+def expand(
+    y: Tensor,
+    h: Tensor,
+    weights: Tensor | None,
+    spread: Tensor,
+    mask: Tensor | None,
+    b: Tensor,
+    training_rows: int | None,
+    in_place: bool,
+) -> Tensor:
+    """``y + B (gate * h)`` with ``gate = (weights @ spread) * mask``.
+
+    Args:
+        y: ``(N, ..., O)`` output of the frozen linear, T tokens in all.
+        h: ``(T, R)`` from `shrink`.
+        weights: ``(N, ..., E)`` routing weights; None for a single expert, whose weight is 1.
+        spread: ``(E, R)`` see `guilomo.layers.packed.ExpertLayout`.
+        mask: of the rank rows in a search: ``(R,)``, or one for every row of the batch, ``(N, R)``.
+        b: ``(O, R)`` packed up-projections.
+        training_rows: in a split batch, how many leading rows feed `b`; the others feed a mask ``(R,)``.
+        in_place: whether nobody else needs y.
+    """
+    if not torch.is_grad_enabled():
+        return _expanded(y, h * _gate(h, weights, spread, mask).to(h.dtype), b, in_place)
+    out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place)
+    return out
+
+
+def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
+    """The dtype of the low-rank products: autocast's, or that of the weights."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return a.dtype
+
+
+def precise_product(x: Tensor, w: Tensor) -> Tensor:
+    """``x w^T`` in float32 or better, ``(T, I), (E, I) -> (T, E)``, without widening a half-precision x where possible.
+
+    Half-precision products add up in float32 and are rounded at the end. On CPUs the rounding error comes from a second
+    product that starts at minus the rounded result: together they are right to 16 bits, at a fifth of the price of a
+    float32 copy of x. Rounded logits change the chosen experts of some tokens.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype != w.dtype or x.dtype == wide or len(x) < MANY_TOKENS:
+            return F.linear(x.to(wide), w.to(wide))
+        if x.device.type == "cuda":
+            return torch.mm(x, w.t(), out_dtype=wide)
+        rounded = F.linear(x, w)
+        return torch.addmm(rounded, x, w.t(), beta=-1).to(wide).add_(rounded)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _shrunk(
+    x: Tensor, a: Tensor, score_rows: Tensor | None, dtype: torch.dtype, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``(T, R)`` and ``(N, ..., E)``; `keep` ``(T, I)`` is the scaled dropout mask."""
+    flat, narrow = _flat(x), a.to(dtype)
+    read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
+    if score_rows is None:
+        return _product(read, narrow), None
+    exact = x.dtype == dtype == score_rows.dtype == torch.promote_types(dtype, torch.float32)
+    if exact and keep is None and len(flat) >= MANY_TOKENS:
+        both = _product(flat, torch.cat([narrow, score_rows]))
+        h, logits = both[:, : len(a)], both[:, len(a) :]
+    else:
+        h, logits = _product(read, narrow), precise_product(flat, score_rows)
+    return h, logits.view(*x.shape[:-1], len(score_rows))
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, w)
+
+
+def _kept(x: Tensor, dtype: torch.dtype, drop: float, seed: int | None) -> Tensor | None:
+    """``(T, I)`` scaled dropout mask of a seed, made again in the backward instead of saved."""
+    if seed is None:
+        return None
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty_like(_flat(x), dtype=dtype).bernoulli_(1 - drop, generator=generator)
+    return keep.div_(1 - drop)
+
+
+class _Shrink(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        score_rows: Tensor | None,
+        n: int | None,
+        dtype: torch.dtype,
+        drop: float,
+        seed: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a, score_rows)
+        ctx.options = n, dtype, drop, seed
+        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed))
+        return x.view_as(x), h, logits
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dh: Tensor | None, d_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a, rows = ctx.saved_tensors
+        n, dtype, drop, seed = ctx.options
+        flat = _flat(x).to(dtype)
+        dh = flat.new_zeros(len(flat), len(a)) if dh is None else dh
+        keep = _kept(x, dtype, drop, seed)
+        if d_logits is None or rows is None:
+            dz, stacked = dh, a.to(dtype)
+        else:
+            dz = torch.cat([dh, _flat(d_logits).to(dtype)], dim=1)
+            stacked = torch.cat([a.to(dtype), rows.to(dtype)])
+        if ctx.needs_input_grad[0]:
+            dx = _with_added(dx, dz, stacked, x, keep, len(a))
+        d_a, d_rows = _weight_gradients(dz, flat, keep, len(a), None if n is None else n * x.shape[1:-1].numel())
+        d_rows = None if rows is None else torch.zeros_like(rows) if d_rows is None else d_rows.to(rows.dtype)
+        return dx, d_a.to(a.dtype), d_rows, None, None, None, None
+
+
+def _with_added(dx: Tensor | None, dz: Tensor, stacked: Tensor, x: Tensor, keep: Tensor | None, ranks: int) -> Tensor:
+    """``dx + dz @ stacked`` shaped like `x`, in place where dx is the frozen linear's own result.
+
+    With dropout, the columns before `ranks` have seen what `keep` kept.
+    """
+    if keep is not None:
+        through = (dz[:, :ranks] @ stacked[:ranks]) * keep + dz[:, ranks:] @ stacked[ranks:]
+    elif dx is not None and dx.dtype == dz.dtype and dx.is_contiguous() and not torch.is_grad_enabled():
+        _flat(dx).addmm_(dz, stacked)
+        return dx
+    else:
+        through = dz @ stacked
+    through = through.view(x.shape)
+    return through.to(x.dtype) if dx is None else (dx + through).to(x.dtype)
+
+
+def _weight_gradients(
+    dz: Tensor, x: Tensor, keep: Tensor | None, ranks: int, tokens: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """``dz^T x`` over the first `tokens` rows, for the rank rows and for the router's."""
+    dz, x = dz[:tokens], x[:tokens]
+    if keep is not None:
+        return dz[:, :ranks].t() @ (x * keep[:tokens]), dz[:, ranks:].t() @ x if dz.shape[1] > ranks else None
+    both = dz.t() @ x
+    return both[:ranks], both[ranks:] if len(both) > ranks else None
+
+
+def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None) -> Tensor:
+    """``(T, R)``, or ``(R,)`` where it is the same for all tokens; float32 or better."""
+    if mask is not None and mask.dim() == 1:
+        spread = spread * mask  # carries the mask through the product that is there anyway
+    if weights is None:
+        gate = spread[0]
+    else:
+        with torch.autocast(h.device.type, enabled=False):
+            gate = _flat(weights) @ spread.to(weights.dtype)
+    if mask is not None and mask.dim() == 2:
+        gate = (gate.expand(h.shape).reshape(len(mask), -1, h.shape[1]) * mask[:, None]).view(h.shape)
+    return gate
+
+
+def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
+    narrow = b.to(gated.dtype)
+    with torch.autocast(y.device.type, enabled=False):
+        if y.dtype != gated.dtype:
+            delta = F.linear(gated, narrow).view(y.shape)
+            return y.add_(delta) if in_place else (y + delta).to(y.dtype)
+        if in_place:
+            y.view(-1, y.shape[-1]).addmm_(gated, narrow.t())
+            return y
+        return torch.addmm(_flat(y), gated, narrow.t()).view(y.shape)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        h: Tensor,
+        weights: Tensor | None,
+        spread: Tensor,
+        mask: Tensor | None,
+        b: Tensor,
+        n: int | None,
+        in_place: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(h, weights, spread, mask, b)
+        ctx.tokens = None if n is None else n * y.shape[1:-1].numel()
+        if in_place:
+            ctx.mark_dirty(y)
+        return _expanded(y, h * _gate(h, weights, spread, mask).to(h.dtype), b, in_place)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, weights, spread, mask, b = ctx.saved_tensors
+        flat = _flat(dy).to(h.dtype)
+        gate = _gate(h, weights, spread, mask).to(h.dtype)
+        through = flat @ b.to(h.dtype)
+        gated = h * gate
+        d_b = (flat[: ctx.tokens].t() @ gated[: ctx.tokens]).to(b.dtype) if ctx.needs_input_grad[5] else None
+        d_weights = d_mask = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
+            d_weights, d_mask = _gate_gradients(through * h, weights, spread, mask, ctx.tokens)
+        return dy, through * gate, d_weights, None, d_mask, d_b, None, None
+
+
+def _gate_gradients(
+    d_gate: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None, tokens: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the routing weights and of the rank mask from ``d_gate (T, R)``."""
+    d_gate = d_gate.to(spread.dtype if weights is None else weights.dtype)
+    d_mask = None
+    if mask is not None:
+        d_mask = d_gate * _gate(d_gate, weights, spread, None)
+        d_mask = d_mask[tokens:].sum(0) if mask.dim() == 1 else d_mask.view(len(mask), -1, mask.shape[1]).sum(1)
+        d_mask = d_mask.to(mask.dtype)
+        if mask.dim() == 1:
+            d_gate = d_gate * mask
+        else:
+            d_gate = (d_gate.view(len(mask), -1, mask.shape[1]) * mask[:, None]).view(d_gate.shape)
+    if weights is None:
+        return None, d_mask
+    return (d_gate @ spread.t().to(weights.dtype)).view(weights.shape), d_mask
