@@ -1,0 +1,1 @@
+"""What a mixture costs, beside the frozen model, plain LoRA and three other ways to compute the same mixture."""
