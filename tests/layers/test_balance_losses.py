@@ -26,7 +26,7 @@ def even(tokens: int = 12) -> Routing:
     for t in range(tokens):
         chosen[t, [(t + k) % E for k in range(K)]] = True
     return Routing(
-        weights=chosen.double() / K,
+        given=chosen.double() / K,
         logits=torch.zeros(tokens, E, dtype=torch.float64),
         kept=chosen,
     )

@@ -51,8 +51,8 @@ def fused(
 ) -> Tensor:
     spread = ExpertLayout(ranks, scales_of(ranks)).to(x.dtype).spread
     read, h, logits = shrink(x, a, rows if len(ranks) > 1 else None, n, drop)
-    weights = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits).weights
-    return expand(F.linear(read, w0), h, weights, spread, mask, b, n, in_place)
+    routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits)
+    return expand(F.linear(read, w0), h, routing, spread, mask, b, n, in_place)
 
 
 def naive(x: Tensor, w0: Tensor, a: Tensor, b: Tensor, rows: Tensor, ranks: tuple[int, ...], top_k: int) -> Tensor:

@@ -289,4 +289,5 @@ def test_the_estimate_counts_passes(draws: int) -> None:
     """10 weight steps and 4 outer steps, with twice as many held-out rows as training rows, each under some draws."""
     options = {"steps": 10, "warmup_steps": 2, "outer_every": 2, "batch_size": 4, "held_out_batch_size": 8}
     assert _seconds(1.0, small_config(**options), draws) == 10 + 4 * draws * 2
-    assert _seconds(0.5, small_config(**options, hypergradient="unrolled"), draws) == 0.5 * (10 + 4 * draws * 4 * 1.5)
+    assert _seconds(0.5, small_config(**options, hypergradient="unrolled"), draws) == 0.5 * (10 + 4 * (4 * draws - 1))
+    assert _seconds(0.5, small_config(**options, hypergradient="exact"), draws) == 0.5 * (10 + 4 * draws * 4 * 1.5)

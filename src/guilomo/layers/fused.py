@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guilomo.layers.routing import Routing
+
 MANY_TOKENS = 64
 """From here on copying the router's rows under A costs less than reading x a second time."""
+FEW_TOKENS = 16
 
 
 def shrink(
@@ -54,7 +57,7 @@ def shrink(
 def expand(
     y: Tensor,
     h: Tensor,
-    weights: Tensor | None,
+    routing: Routing | None,
     spread: Tensor,
     mask: Tensor | None,
     b: Tensor,
@@ -66,17 +69,23 @@ def expand(
     Args:
         y: ``(N, ..., O)`` output of the frozen linear, T tokens in all.
         h: ``(T, R)`` from `shrink`.
-        weights: ``(N, ..., E)`` routing weights; None for a single expert, whose weight is 1.
+        routing: of ``(N, ...)`` tokens; None for a single expert, whose weight is 1.
         spread: ``(E, R)`` see `guilomo.layers.packed.ExpertLayout`.
         mask: of the rank rows in a search: ``(R,)``, or one for every row of the batch, ``(N, R)``.
         b: ``(O, R)`` packed up-projections.
         training_rows: in a split batch, how many leading rows feed `b`; the others feed a mask ``(R,)``.
         in_place: whether nobody else needs y.
     """
-    if not torch.is_grad_enabled():
-        return _expanded(y, h * _gate(h, weights, spread, mask).to(h.dtype), b, in_place)
-    out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place)
-    return out
+    if torch.is_grad_enabled():
+        weights = None if routing is None else routing.weights
+        out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place)
+        return out
+    if routing is not None and routing.only_kept and mask is None:
+        gate = _gate_of_kept(routing, spread)
+    else:
+        gate = _gate(h, None if routing is None else routing.weights, spread, mask)
+    # `h` of few tokens may be wider than the products, see `_shrunk`.
+    return _expanded(y, torch.mul(h, gate, out=h.new_empty(h.shape, dtype=computation_dtype(y, b))), b, in_place)
 
 
 def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
@@ -116,6 +125,9 @@ def _shrunk(
     read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
     if score_rows is None:
         return _product(read, narrow), None
+    if _few(flat, a, score_rows, dtype) and keep is None and not torch.is_grad_enabled():
+        both = _product(flat.float(), torch.cat([a, score_rows], out=a.new_empty(0, dtype=torch.float32)))
+        return both[:, : len(a)], both[:, len(a) :].view(*x.shape[:-1], len(score_rows))
     exact = x.dtype == dtype == score_rows.dtype == torch.promote_types(dtype, torch.float32)
     if exact and keep is None and len(flat) >= MANY_TOKENS:
         both = _product(flat, torch.cat([narrow, score_rows]))
@@ -123,6 +135,15 @@ def _shrunk(
     else:
         h, logits = _product(read, narrow), precise_product(flat, score_rows)
     return h, logits.view(*x.shape[:-1], len(score_rows))
+
+
+def _few(x: Tensor, a: Tensor, score_rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one product in float32 is faster than one in half precision and a precise one.
+
+    So it is on CPUs for few tokens, whose half-precision products take the time of many.
+    """
+    half = x.dtype == a.dtype == score_rows.dtype == dtype in (torch.bfloat16, torch.float16)
+    return half and len(x) <= FEW_TOKENS and x.device.type == "cpu"
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
@@ -215,6 +236,13 @@ def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None
     if mask is not None and mask.dim() == 2:
         gate = (gate.expand(h.shape).reshape(len(mask), -1, h.shape[1]) * mask[:, None]).view(h.shape)
     return gate
+
+
+def _gate_of_kept(routing: Routing, spread: Tensor) -> Tensor:
+    """``(T, R)`` as `_gate`, in one operation instead of three: tokens are few where this matters."""
+    assert routing.kept is not None
+    given = _flat(routing.given)
+    return F.embedding_bag(_flat(routing.kept), spread.to(given.dtype), per_sample_weights=given, mode="sum")
 
 
 def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:

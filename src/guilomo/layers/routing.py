@@ -10,7 +10,6 @@ search can add an offset between them (a log-mask per expert) without the router
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +17,37 @@ from torch import Tensor, nn
 
 @dataclass
 class Routing:
-    """The routing of T tokens over E experts. What only router losses and reports read is made when it is first read.
+    """The routing of T tokens over E experts. What only router losses and reports read is made when it is read.
 
     Attributes:
-        weights: ``(T, E)`` float32 or better; what each expert's output is multiplied by, 0 where not chosen.
+        given: ``(T, E)`` the weights below; or, without gradients, ``(T, K)`` those of the experts `kept` alone.
         logits: ``(T, E)`` the scores the weights came from.
         kept: the experts that take part: ``(T, K)`` int64 indices, or ``(T, E)`` bool; None for all.
     """
 
-    weights: Tensor
+    given: Tensor
     logits: Tensor
     kept: Tensor | None = None
 
-    @cached_property
+    @property
+    def weights(self) -> Tensor:
+        """``(T, E)`` float32 or better; what each expert's output is multiplied by, 0 where not chosen."""
+        if self.only_kept:
+            assert self.kept is not None
+            return torch.zeros_like(self.logits).scatter_(-1, self.kept, self.given)
+        return self.given
+
+    @property
+    def only_kept(self) -> bool:
+        """Whether `given` are the weights of the kept experts alone."""
+        return self.given.shape[-1] != self.logits.shape[-1]
+
+    @property
     def probabilities(self) -> Tensor:
         """``(T, E)`` softmax of the logits over all experts."""
         return softmax_over_experts(self.logits)
 
-    @cached_property
+    @property
     def chosen(self) -> Tensor:
         """``(T, E)`` bool, the experts that take part."""
         if self.kept is None:

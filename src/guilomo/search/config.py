@@ -32,8 +32,8 @@ class SearchConfig(BaseModel):
     )
     hypergradient: HypergradientName = Field(
         "first_order",
-        description="first_order: one pass over a split batch. unrolled: one step by central difference (about 3 "
-        "times the cost). exact: autograd, small models only. authors_code: what the released code computes.",
+        description="first_order: one pass over a split batch. unrolled: one step looked ahead, by a difference "
+        "(about 3 times the cost). exact: autograd, small models only. authors_code: what the released code computes.",
     )
     steps: int = Field(300, ge=1, description="Weight steps of the search. More: a better-informed allocation.")
     warmup_steps: int = Field(

@@ -13,8 +13,8 @@ from guilomo.search.hypergradient import Problem
 from guilomo.search.inner import Snapshot
 from guilomo.search.split_pass import masked
 
-PASSES = {"first_order": 0.0, "unrolled": 4.0, "exact": 4.0, "authors_code": 3.0}
-"""Extra forward-backwards of one outer step, beside its weight step; `first_order` only adds rows."""
+PASSES = {"exact": 4.0, "authors_code": 3.0}
+"""Extra forward-backwards of one outer step, beside its weight step, over rows of both kinds in equal parts."""
 
 
 def estimate(problem: Problem, batch: Batch, config: SearchConfig) -> dict[str, float]:
@@ -53,9 +53,13 @@ def _seconds(one_pass: float, config: SearchConfig, draws: int) -> float:
     """Of the whole search; rows that teach the selection vectors are seen under so many draws."""
     outer_steps = max(config.steps - config.warmup_steps, 0) / config.outer_every
     held_out = config.held_out_batch_size / config.batch_size
-    extra = PASSES[config.hypergradient]
-    per_outer = held_out if config.hypergradient == "first_order" else extra * (1 + held_out) / 2
-    return one_pass * (config.steps + outer_steps * draws * per_outer)
+    if config.hypergradient == "first_order":
+        per_outer = draws * held_out
+    elif config.hypergradient == "unrolled":  # its first pass is that of the weight step
+        per_outer = draws * (2 + held_out) - 1
+    else:
+        per_outer = draws * PASSES[config.hypergradient] * (1 + held_out) / 2
+    return one_pass * (config.steps + outer_steps * per_outer)
 
 
 def _memory(problem: Problem, kept: dict[int, int], config: SearchConfig, draws: int) -> float:

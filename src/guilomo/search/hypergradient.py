@@ -80,17 +80,17 @@ class Problem:
 
     @contextmanager
     def _training(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
-        with self._losses(batch, TRAINING, model) as (mean, score):
+        with self.losses(batch, TRAINING, model) as (mean, score):
             yield mean + score
 
     @contextmanager
     def _holding_out(self, batch: Batch, model: nn.Module | None = None) -> Iterator[Tensor]:
-        with without_router_losses(self.context), self._losses(batch, HOLDING_OUT, model) as (mean, score):
+        with without_router_losses(self.context), self.losses(batch, HOLDING_OUT, model) as (mean, score):
             yield outer(mean, score, self.outer_loss)
 
     @contextmanager
-    def _losses(
-        self, batch: Batch, kinds: tuple[Rows, Rows], model: nn.Module | None
+    def losses(
+        self, batch: Batch, kinds: tuple[Rows, Rows], model: nn.Module | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Mean loss, and the zero that carries its gradient through drawn counts.
 
@@ -127,27 +127,47 @@ def first_order(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]
     return result
 
 
-def unrolled(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
-    """One inner step unrolled, by central difference (GuiLoMo, arXiv 2506.14646; DARTS section 2.3), corrected.
+@dataclass(frozen=True)
+class UnrolledPass:
+    """What `unrolled_pass` found: gradients of selection vectors and of weights, and both mean losses ``()``."""
 
-        d_g L_val(w', g) - [d_g L_train(w + eps u, g) - d_g L_train(w - eps u, g)] / (2 eps)
+    selection: list[Tensor]
+    weights: list[Tensor]
+    train: Tensor
+    held_out: Tensor
+
+
+def unrolled(problem: Problem, train: Batch, held_out: Batch) -> list[Tensor]:
+    """One inner step unrolled, by a difference (GuiLoMo, arXiv 2506.14646; DARTS section 2.3), corrected."""
+    return unrolled_pass(problem, train, held_out).selection
+
+
+def unrolled_pass(problem: Problem, train: Batch, held_out: Batch) -> UnrolledPass:
+    """The unrolled hypergradient in three passes, the first of which is the coming step's own.
+
+        d_g L_val(w', g) - [d_g L_train(w + eps u, g) - d_g L_train(w, g)] / eps
 
     with ``w' = step(w, d_w L_train)`` the step of the optimiser in use, ``u = J v`` for that step's diagonal Jacobian J
-    and ``v = d_{w'} L_val``, and ``eps = 0.01 / |u|``. The training passes draw the same dropout.
+    and ``v = d_{w'} L_val``. Gradients at w come from the pass that gives ``d_w L_train``, where a central difference
+    would pay for two more; eps moves them by as little as the precision allows. The training passes draw the same dropout.
     """
     weights, selection = problem.weights, problem.selection
     state = Snapshot.take(weights)
-    jacobian = _virtual_step(problem, train)
-    outer_grads = problem.held_out_gradients(held_out, weights + selection)
+    with problem.losses(train, TRAINING) as (train_loss, score):
+        at_w = problem.gradients(train_loss + score, weights + selection)
+    train_w, base = at_w[: len(weights)], at_w[len(weights) :]
+    jacobian = _move_by_one_step(problem, weights, train_w)
+    with without_router_losses(problem.context), problem.losses(held_out, HOLDING_OUT) as (held_out_loss, score):
+        outer_grads = problem.gradients(outer(held_out_loss, score, problem.outer_loss), weights + selection)
     v, direct = outer_grads[: len(weights)], outer_grads[len(weights) :]
-    state.restore_weights(weights)
     u = [j * g for j, g in zip(jacobian, v, strict=True)]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in u]))
-    eps = float(0.01 / norm) if float(norm) > 0 else 0.01
-    plus = _selection_gradient_at(problem, train, state, u, eps)
-    minus = _selection_gradient_at(problem, train, state, u, -eps)
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(d) for d in u])))
+    length = torch.finfo(weights[0].dtype).eps ** (1 / 3)  # about where rounding and curvature weigh alike
+    eps = length / norm if norm > 0 else length
+    ahead = _selection_gradient_at(problem, train, state, u, eps)
     state.restore(weights)
-    return [d - (p - m) / (2 * eps) for d, p, m in zip(direct, plus, minus, strict=True)]
+    found = [d - (a - b) / eps for d, a, b in zip(direct, ahead, base, strict=True)]
+    return UnrolledPass(found, train_w, train_loss.detach(), held_out_loss.detach())
 
 
 @torch.no_grad()
@@ -156,10 +176,8 @@ def _move_to(weights: list[Tensor], values: list[Tensor]) -> None:
         w.copy_(value)
 
 
-def _virtual_step(problem: Problem, train: Batch) -> list[Tensor]:
+def _move_by_one_step(problem: Problem, weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """Moves the weights by one step of the inner optimiser; returns the diagonal of its Jacobian."""
-    weights = problem.weights
-    gradients = problem.train_gradients(train, weights)
     factor = clip_factor(gradients, problem.max_grad_norm)
     moved, jacobian = _updates(problem, weights, [g * factor for g in gradients])
     _move_to(weights, [m.detach() for m in moved])

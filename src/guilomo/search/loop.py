@@ -17,10 +17,10 @@ from guilomo.errors import GuilomoError
 from guilomo.search import distributed
 from guilomo.search.config import SearchConfig
 from guilomo.search.data import Batch, RowOrder, SearchData, check_rows, mean_loss, row_losses, rows_at, to_device
-from guilomo.search.draws import HOLDING_OUT, Rows, Shown, show
+from guilomo.search.draws import HOLDING_OUT, TRAINING, Rows, Shown, show
 from guilomo.search.estimate import estimate
 from guilomo.search.finite import finite_values, gradient_norm
-from guilomo.search.hypergradient import HYPERGRADIENTS, Problem, outer
+from guilomo.search.hypergradient import HYPERGRADIENTS, Problem, outer, unrolled_pass
 from guilomo.search.inner import make_optimizer
 from guilomo.search.mixture import SearchMixture
 from guilomo.search.moved import Moved, start_of
@@ -148,6 +148,8 @@ class Search:
             held_rows = rows_at(self.data.held_out, distributed.share(held_order))
             if self.config.hypergradient == "first_order":
                 train, held_out = self._split_step(train_rows, held_rows)
+            elif self.config.hypergradient == "unrolled":
+                train, held_out = self._unrolled_step(self._collate(train_rows), self._collate(held_rows))
             else:
                 batches = self._collate(train_rows), self._collate(held_rows)
                 gradients = HYPERGRADIENTS[self.config.hypergradient](self.problem, *batches)
@@ -196,6 +198,23 @@ class Search:
         self._outer_update()
         self._update_weights(norm)
         return values[0], values[1]
+
+    def _unrolled_step(self, train: Batch, held_out: Batch) -> tuple[float, float]:
+        """A selection step, and the weight step that it looked ahead to."""
+        found = unrolled_pass(self.problem, train, held_out)
+        gradients = [*found.weights, *found.selection]
+        for p, gradient in zip([*self.weights, *self.problem.selection], gradients, strict=True):
+            p.grad = gradient
+        norm, outer_norm = gradient_norm(self.weights), gradient_norm(self.problem.selection)
+        batch, shown = self.problem.seen(train, TRAINING)
+        named = {"training loss": found.train, "gradient norm": norm}
+        value, _ = finite_values(self, batch, shown.masks, named)
+        batch, shown = self.problem.seen(held_out, HOLDING_OUT)
+        named = {"held-out loss": found.held_out, "hypergradient": outer_norm}
+        held_out_value, _ = finite_values(self, batch, shown.masks, named)
+        self._outer_update()
+        self._update_weights(norm)
+        return value, held_out_value
 
     def _outer_update(self) -> None:
         """Adds the budget's pull to the hypergradient and moves the selection vectors."""

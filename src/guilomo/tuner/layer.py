@@ -156,13 +156,12 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if router is not None and rows is None:
             logits = self._logits(x, adapter, split)
         routing = self._route(logits, adapter, masks, split)
-        weights = None if routing is None else routing.weights
         rank_mask = None if masks is None or masks.rank is None else masks.rank
         if rank_mask is not None and rank_mask.dim() > 1:
             rank_mask = rank_mask.reshape(len(rank_mask), -1)
 
         def add(y: Tensor) -> Tensor:
-            y = expand(y, h, weights, layout.spread, rank_mask, b, split, self._owns(y))
+            y = expand(y, h, routing, layout.spread, rank_mask, b, split, self._owns(y))
             return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
         return read, add

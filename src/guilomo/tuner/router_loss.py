@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,6 +21,7 @@ class RouterLoss:
             statistics of all are there; the gradient reaches the others through their part of the sum.
         form: name of the balance loss, or None.
         share: 1 for a sum over groups, 1 / number of groups for a mean.
+        reads: the router statistics that it is made of.
     """
 
     group: str
@@ -30,15 +30,15 @@ class RouterLoss:
     balance_coefficient: float
     z_coefficient: float
     share: float
+    reads: frozenset[str] = field(init=False)
 
     @property
     def active(self) -> bool:
         return (self.form is not None and self.balance_coefficient > 0) or self.z_coefficient > 0
 
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """The router statistics that it is made of."""
-        return read_by(self.form if self.balance_coefficient > 0 else None, self.z_coefficient > 0)
+    def __post_init__(self) -> None:
+        form = self.form if self.balance_coefficient > 0 else None
+        object.__setattr__(self, "reads", read_by(form, self.z_coefficient > 0))
 
     def __call__(self, context: RoutingContext, statistics: RouterStatistics) -> Tensor | None:
         """The weighted loss ``()`` if this module completes its group, else None."""

@@ -23,28 +23,32 @@ class TopKRouter(LinearRouter):
     def route(self, logits: Tensor) -> Routing:
         if self.top_k == self.experts:
             return Routing(softmax_over_experts(logits), logits)
-        kept = largest(logits.detach(), self.top_k)
-        if self.top_k == 1:
-            alone = torch.zeros_like(logits).scatter(-1, kept, 1.0)
-            return Routing(softmax_over_experts(logits) * alone, logits, kept)
+        if self.top_k > 1 and not torch.is_grad_enabled():
+            values, kept = largest(logits, self.top_k)
+            return Routing(softmax_over_experts(values), logits, kept)
+        _, kept = largest(logits.detach(), self.top_k)
+        if self.top_k == 1 or torch.compiler.is_compiling():
+            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
+            scores = logits if self.top_k == 1 else logits.masked_fill(~chosen, float("-inf"))
+            return Routing(softmax_over_experts(scores) * chosen, logits, kept)
         weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
         return Routing(weights, logits, kept)
 
 
-@torch.no_grad()
-def largest(logits: Tensor, k: int) -> Tensor:
-    """``(..., k)`` indices of the `k` largest of ``(..., E)``, largest first; of equal ones the lowest comes first.
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``(..., k)`` values and indices of the `k` largest of ``(..., E)``; of equal ones the lowest index comes first.
 
     `torch.topk` does not say which of equal ones it takes.
     """
-    if k > 2 or logits.shape[:-1].numel() < 64:
-        return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :k]
+    if torch.compiler.is_compiling() or k > 2 or logits.shape[:-1].numel() < 64:
+        values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+        return values[..., :k], indices[..., :k]
     # For many tokens two passes are faster than sorting.
-    first = logits.argmax(-1, keepdim=True)
+    value, first = logits.max(-1, keepdim=True)
     if k == 1:
-        return first
-    second = logits.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
-    return torch.cat([first, second], dim=-1)
+        return value, first
+    next_value, second = logits.scatter(-1, first, float("-inf")).max(-1, keepdim=True)
+    return torch.cat([value, next_value], dim=-1), torch.cat([first, second], dim=-1)
 
 
 class _SoftmaxOverKept(torch.autograd.Function):
