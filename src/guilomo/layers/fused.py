@@ -15,13 +15,14 @@ rows are ours. The twin that the tests compare with is `guilomo.layers.naive`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guilomo.layers.routing import Routing
+from guilomo.layers.routing import Routing, accumulation_dtype, without_autocast
 
 MANY_TOKENS = 64
 """From here on copying the router's rows under A costs less than reading x a second time."""
@@ -47,7 +48,7 @@ def shrink(
     dtype = computation_dtype(x, a)
     seed = None if drop == 0 else int(torch.randint(2**62, ()))
     if not torch.is_grad_enabled():
-        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed))
+        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed), widen=True)
         return x, h, logits
     read, h, logits = _Shrink.apply(x, a, score_rows, training_rows, dtype, drop, seed)
     # Where x has no gradient, the frozen linear must not be made to compute one.
@@ -80,12 +81,14 @@ def expand(
         weights = None if routing is None else routing.weights
         out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place)
         return out
-    if routing is not None and routing.only_kept and mask is None:
+    if routing is not None and routing.only_kept and mask is None and len(h) <= FEW_TOKENS:
         gate = _gate_of_kept(routing, spread)
     else:
         gate = _gate(h, None if routing is None else routing.weights, spread, mask)
+    dtype = computation_dtype(y, b)
     # `h` of few tokens may be wider than the products, see `_shrunk`.
-    return _expanded(y, torch.mul(h, gate, out=h.new_empty(h.shape, dtype=computation_dtype(y, b))), b, in_place)
+    gated = h * gate if h.dtype == gate.dtype == dtype else torch.mul(h, gate, out=h.new_empty(h.shape, dtype=dtype))
+    return _expanded(y, gated, b, in_place)
 
 
 def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
@@ -103,8 +106,8 @@ def precise_product(x: Tensor, w: Tensor) -> Tensor:
     product that starts at minus the rounded result: together they are right to 16 bits, at a fifth of the price of a
     float32 copy of x. Rounded logits change the chosen experts of some tokens.
     """
-    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+    with without_autocast(x.device.type):
         if x.dtype != w.dtype or x.dtype == wide or len(x) < MANY_TOKENS:
             return F.linear(x.to(wide), w.to(wide))
         if x.device.type == "cuda":
@@ -118,17 +121,20 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _shrunk(
-    x: Tensor, a: Tensor, score_rows: Tensor | None, dtype: torch.dtype, keep: Tensor | None
+    x: Tensor, a: Tensor, score_rows: Tensor | None, dtype: torch.dtype, keep: Tensor | None, widen: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """``(T, R)`` and ``(N, ..., E)``; `keep` ``(T, I)`` is the scaled dropout mask."""
+    """``(T, R)`` and ``(N, ..., E)``; `keep` ``(T, I)`` is the scaled dropout mask.
+
+    With `widen`, ``A x`` may come in float32 instead of `dtype`, where that is faster.
+    """
     flat, narrow = _flat(x), a.to(dtype)
     read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
     if score_rows is None:
         return _product(read, narrow), None
-    if _few(flat, a, score_rows, dtype) and keep is None and not torch.is_grad_enabled():
+    if widen and keep is None and _few(flat, a, score_rows, dtype):
         both = _product(flat.float(), torch.cat([a, score_rows], out=a.new_empty(0, dtype=torch.float32)))
         return both[:, : len(a)], both[:, len(a) :].view(*x.shape[:-1], len(score_rows))
-    exact = x.dtype == dtype == score_rows.dtype == torch.promote_types(dtype, torch.float32)
+    exact = x.dtype == dtype == score_rows.dtype == accumulation_dtype(dtype)
     if exact and keep is None and len(flat) >= MANY_TOKENS:
         both = _product(flat, torch.cat([narrow, score_rows]))
         h, logits = both[:, : len(a)], both[:, len(a) :]
@@ -147,7 +153,7 @@ def _few(x: Tensor, a: Tensor, score_rows: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x, w)
 
 
@@ -231,7 +237,7 @@ def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None
     if weights is None:
         gate = spread[0]
     else:
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device.type):
             gate = _flat(weights) @ spread.to(weights.dtype)
     if mask is not None and mask.dim() == 2:
         gate = (gate.expand(h.shape).reshape(len(mask), -1, h.shape[1]) * mask[:, None]).view(h.shape)
@@ -241,13 +247,22 @@ def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None
 def _gate_of_kept(routing: Routing, spread: Tensor) -> Tensor:
     """``(T, R)`` as `_gate`, in one operation instead of three: tokens are few where this matters."""
     assert routing.kept is not None
-    given = _flat(routing.given)
-    return F.embedding_bag(_flat(routing.kept), spread.to(given.dtype), per_sample_weights=given, mode="sum")
+    given, kept = routing.given.reshape(-1), routing.kept.reshape(-1)
+    each = routing.kept.shape[-1]
+    starts = _multiples(len(kept) // each, each, kept.device)
+    # mode 0: the sum. F.embedding_bag is this and checks that take longer.
+    gate: Tensor = torch.embedding_bag(spread.to(given.dtype), kept, starts, False, 0, False, given)[0]
+    return gate
+
+
+@lru_cache(maxsize=64)
+def _multiples(count: int, of: int, device: torch.device) -> Tensor:
+    return torch.arange(0, count * of, of, device=device)
 
 
 def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
     narrow = b.to(gated.dtype)
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y.device.type):
         if y.dtype != gated.dtype:
             delta = F.linear(gated, narrow).view(y.shape)
             return y.add_(delta) if in_place else (y + delta).to(y.dtype)

@@ -17,6 +17,9 @@ from guilomo.errors import unknown
 
 PATHS = ("packed", "fused", "sorted")
 
+SORTS_FROM = 512
+"""Fewer tokens are never sorted unasked."""
+
 _forced: list[str] = []
 
 
@@ -51,7 +54,7 @@ def sorting_pays(tokens: int, rank: int, top_k: int, experts: int, dtype: torch.
     if device.type != "cpu" or top_k >= experts:
         return False
     wide = dtype in (torch.float32, torch.float64)
-    least_tokens, c = (512, 65) if wide else (1024, 270 if _has_tiles() else 110)
+    least_tokens, c = (SORTS_FROM, 65) if wide else (1024, 270 if _has_tiles() else 110)
     return tokens >= least_tokens and rank > c * top_k / (1 - top_k / experts)
 
 

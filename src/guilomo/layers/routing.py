@@ -9,6 +9,7 @@ search can add an offset between them (a log-mask per expert) without the router
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -104,4 +105,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     Rounding logits to half precision changes the chosen experts of some tokens, and one changed expert dominates the
     error of its token.
     """
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Within, products stay in the dtype of their factors."""
+    # Entering autocast costs as much as a product for one token.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -149,7 +149,7 @@ def unrolled_pass(problem: Problem, train: Batch, held_out: Batch) -> UnrolledPa
 
     with ``w' = step(w, d_w L_train)`` the step of the optimiser in use, ``u = J v`` for that step's diagonal Jacobian J
     and ``v = d_{w'} L_val``. Gradients at w come from the pass that gives ``d_w L_train``, where a central difference
-    would pay for two more; eps moves them by as little as the precision allows. The training passes draw the same dropout.
+    would pay for two more; eps moves them by as little as the precision allows. Training passes draw the same dropout.
     """
     weights, selection = problem.weights, problem.selection
     state = Snapshot.take(weights)

@@ -17,7 +17,7 @@ from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
 from guilomo.layers.fused import computation_dtype, expand, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
-from guilomo.layers.paths import forced, sorting_pays
+from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
 from guilomo.layers.routers import router_class
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routing import Router, Routing
@@ -106,14 +106,17 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def _sorts(self, x: Tensor, adapter: str) -> bool:
         """Whether the sorted path can be taken, and is asked for or pays."""
+        tokens, asked = x.shape[:-1].numel(), forced()
+        if asked == "fused" or (asked is None and tokens < SORTS_FROM):
+            return False
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
         dropping = self.training and self._dropout(adapter) > 0
-        if not isinstance(router, LinearRouter) or router.dense or searching or dropping or forced() == "fused":
+        if not isinstance(router, LinearRouter) or router.dense or searching or dropping:
             return False
         a = self.molora_A[adapter]
-        sizes = x.shape[:-1].numel(), len(a), router.top_k, router.experts
-        return forced() == "sorted" or sorting_pays(*sizes, computation_dtype(x, a), x.device)
+        dtype = computation_dtype(x, a)
+        return asked == "sorted" or sorting_pays(tokens, len(a), router.top_k, router.experts, dtype, x.device)
 
     def _sorted(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
@@ -135,7 +138,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         wide = self._cast_input_dtype(x, a.dtype)
-        routing = self._route(self._logits(wide, adapter, split), adapter, masks, split)
+        router = self._router(adapter)
+        routing = None if router is None else _route(router, _logits(router, wide, split), masks, split)
         weights = None if routing is None else routing.weights
         rank_mask = None if masks is None else masks.rank
 
@@ -153,9 +157,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         rows = None if router is None else router.score_rows
         drop = self._dropout(adapter) if self.training else 0.0
         read, h, logits = shrink(x, self.molora_A[adapter], rows, split, drop)
-        if router is not None and rows is None:
-            logits = self._logits(x, adapter, split)
-        routing = self._route(logits, adapter, masks, split)
+        if router is not None and logits is None:
+            logits = _logits(router, x, split)
+        routing = None if router is None or logits is None else _route(router, logits, masks, split)
         rank_mask = None if masks is None or masks.rank is None else masks.rank
         if rank_mask is not None and rank_mask.dim() > 1:
             rank_mask = rank_mask.reshape(len(rank_mask), -1)
@@ -188,23 +192,6 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         dropout = self.molora_dropout[adapter]
         assert isinstance(dropout, nn.Dropout)
         return dropout.p
-
-    def _logits(self, x: Tensor, adapter: str, split: int | None) -> Tensor | None:
-        router = self._router(adapter)
-        if router is None:
-            return None
-        return router.logits(x) if split is None else _logits_of_training_rows(router, x, split)
-
-    def _route(
-        self, logits: Tensor | None, adapter: str, masks: SelectionMasks | None, split: int | None
-    ) -> Routing | None:
-        router = self._router(adapter)
-        if logits is None or router is None:
-            return None
-        if masks is not None and masks.log_expert is not None:
-            offset = masks.log_expert.to(logits.dtype)
-            logits = shift_by_held_out_rows(logits, offset, split)
-        return router.route(logits)
 
     def _attach_losses(self, y: Tensor, x: Tensor, routing: Routing, adapter: str) -> Tensor:
         loss = self.molora_loss[adapter]
@@ -285,8 +272,17 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return "molora." + super().__repr__()
 
 
-def _logits_of_training_rows(router: Router, x: Tensor, n: int) -> Tensor:
-    """The router's logits, computed so that only the first `n` rows of `x` feed its parameters."""
+def _route(router: Router, logits: Tensor, masks: SelectionMasks | None, split: int | None) -> Routing:
+    """The routing under a search's masks."""
+    if masks is not None and masks.log_expert is not None:
+        logits = shift_by_held_out_rows(logits, masks.log_expert.to(logits.dtype), split)
+    return router.route(logits)
+
+
+def _logits(router: Router, x: Tensor, n: int | None) -> Tensor:
+    """The router's logits; in a split batch, only the first `n` rows of `x` feed its parameters."""
+    if n is None:
+        return router.logits(x)
     frozen = {name: p.detach() for name, p in router.named_parameters()}
     held_out: Routing = torch.func.functional_call(router, frozen, (x[n:],))
     return torch.cat([router.logits(x[:n]), held_out.logits])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guilomo.layers.routing import Router, accumulation_dtype
+from guilomo.layers.routing import Router, accumulation_dtype, without_autocast
 
 
 class LinearRouter(Router):
@@ -32,7 +32,7 @@ class LinearRouter(Router):
     def logits(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
         # Autocast would turn the product back into half precision, which is what the cast is there to avoid.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def extra_repr(self) -> str:
