@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all test-quantised test-floor quality
+.PHONY: demo test test-all test-quantised test-floor quality bench bench-quick
 
 demo: .venv/.demo
 	.venv/bin/guilomo run recipes/demo.yaml --resume
@@ -18,6 +18,15 @@ test-quantised: .venv/.dev
 # The oldest PEFT that works, with all else as in constraints.txt.
 test-floor: .venv-floor/.dev
 	.venv-floor/bin/python -m pytest tests/layers tests/tuner tests/conformance -m "not slow and not gpu"
+
+# About an hour on two quiet cores; run again, it goes on where it was.
+bench: .venv/.dev
+	.venv/bin/python -m benchmarks.speed --output benchmarks/results/speed/here.json --resume
+	.venv/bin/python -m benchmarks.speed.page
+
+# Everything that is counted, and a few small timings, in two minutes.
+bench-quick: .venv/.dev
+	.venv/bin/python -m benchmarks.speed --quick
 
 quality: .venv/.dev
 	.venv/bin/ruff check .
