@@ -114,3 +114,19 @@ def test_pooled_rows_are_all_counted() -> None:
     tokens = {name: float(s.tokens) for name, s in context.statistics.items()}
     assert tokens.pop("bert.pooler.dense") == tokens.pop("classifier") == 3
     assert set(tokens.values()) == {float(inputs["attention_mask"].sum())}
+
+
+@pytest.mark.parametrize("dropout_on", ["input", "rank"])
+def test_dropout(dropout_on: str) -> None:
+    """Off in evaluation; in training right on average, and where the input is dropped the router sees all of it."""
+    model = attach(OneLinear(), target_modules=["lin"], r=4, lora_dropout=0.4, dropout_on=dropout_on).double()
+    x = torch.randn(3, 13, dtype=torch.float64)
+    model.eval()
+    whole = model(x)
+    model.train()
+    runs = torch.stack([model(x).detach() for _ in range(800)])
+    assert not torch.equal(runs[0], runs[1])
+    assert ((runs.mean(0) - whole).abs() < 5 * runs.std(0) / len(runs) ** 0.5).all()
+    layer = model.base_model.model.lin
+    zero = torch.stack([(run - layer.base_layer(x)).abs().amax(1) for run in runs])
+    assert (zero > 0).all()  # single features and ranks are dropped, not whole tokens

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guilomo.layers.split import linear_of_training_rows, scale_by_held_out_rows
@@ -71,6 +72,7 @@ def packed_delta(
     spread: Tensor,
     rank_mask: Tensor | None = None,
     training_rows: int | None = None,
+    drop: float = 0.0,
 ) -> Tensor:
     """The mixture's contribution, to be added to ``W0 x``.
 
@@ -82,11 +84,12 @@ def packed_delta(
         spread: ``(E, R)`` see `ExpertLayout`.
         rank_mask: ``(R,)`` multiplies the rank rows, in a search.
         training_rows: in a split batch, how many leading rows feed `a` and `b`; the others feed `rank_mask`.
+        drop: probability with which a rank activation is dropped.
 
     Returns:
         ``(..., O)`` in the dtype of `x`.
     """
-    hidden = linear_of_training_rows(x, a, training_rows)
+    hidden = F.dropout(linear_of_training_rows(x, a, training_rows), drop)
     gate = spread.sum(0) if weights is None else weights @ spread.to(weights.dtype)
     hidden = hidden * gate.to(hidden.dtype)
     if rank_mask is not None:

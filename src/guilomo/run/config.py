@@ -50,7 +50,8 @@ class MixtureConfig(BaseModel):
     scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "constant"] = Field(
         "alpha_over_r", description="Scale of an expert: alpha/r, alpha/sqrt(r) or alpha."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' input.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the experts.")
+    dropout_on: Literal["input", "rank"] = Field("input", description="What is dropped; rank costs next to nothing.")
     balance_loss: Literal["switch", "switch_per_slot", "sign", "cv_squared"] | None = Field(
         "switch", description="Form of the balance loss; null: none."
     )
@@ -61,8 +62,8 @@ class MixtureConfig(BaseModel):
 
     def peft_options(self) -> dict[str, Any]:
         """The fields of `LoraMoeConfig` that do not depend on the plan."""
-        same = ("target_modules", "exclude_modules", "modules_to_save", "top_k", "router", "scaling", "balance_loss")
-        loss = ("balance_coefficient", "balance_over", "balance_reduction", "z_loss_coefficient")
+        same = ("target_modules", "exclude_modules", "modules_to_save", "top_k", "router", "scaling", "dropout_on")
+        loss = ("balance_loss", "balance_coefficient", "balance_over", "balance_reduction", "z_loss_coefficient")
         options = {name: getattr(self, name) for name in (*same, *loss)}
         return {**options, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
 

@@ -27,6 +27,7 @@ MIXTURE_OPTIONS = (
     "lora_alpha",
     "scaling",
     "lora_dropout",
+    "dropout_on",
     "router",
     "router_weights",
     "balance_loss",

@@ -49,7 +49,14 @@ class LoraMoeConfig(PeftConfig):
     )
     lora_dropout: float = field(
         default=0.0,
-        metadata={"help": "Dropout on the experts' input, one mask for all experts of a module; the router sees x."},
+        metadata={"help": "Dropout of the experts, one mask for all experts of a module; the router sees all of x."},
+    )
+    dropout_on: str = field(
+        default="input",
+        metadata={
+            "help": "What is dropped: 'input', the features that the experts read, as in LoRA, MoLA and GuiLoMo; or "
+            "'rank', their rank activations, which costs next to nothing."
+        },
     )
     router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
     router_weights: list[float] | None = field(
@@ -132,6 +139,7 @@ class LoraMoeConfig(PeftConfig):
         router_class(self.router)
         choices = {
             "scaling": SCALINGS,
+            "dropout_on": ("input", "rank"),
             "balance_over": ("module", "layer"),
             "balance_reduction": ("sum", "mean"),
             "balance_loss": (*BALANCE_FORMS, None),

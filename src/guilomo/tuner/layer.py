@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -71,7 +72,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_A[adapter] = a
         self.molora_B[adapter] = b
         self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
-        self.molora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.molora_dropout[adapter] = nn.ModuleDict({config.dropout_on: nn.Dropout(config.lora_dropout)})
         self.molora_loss[adapter] = loss
         if module.experts > 1:
             options = {"weights": config.router_weights} if config.router == "fixed" else {}
@@ -111,7 +112,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             return False
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
-        dropping = self.training and self._dropout(adapter) > 0
+        dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
         if not isinstance(router, LinearRouter) or router.dense or searching or dropping:
             return False
         a = self.molora_A[adapter]
@@ -144,8 +145,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         rank_mask = None if masks is None else masks.rank
 
         def add(y: Tensor) -> Tensor:
-            dropped = self.molora_dropout[adapter](wide)
-            y = y + packed_delta(dropped, a, b, weights, layout.spread, rank_mask, split)
+            dropped = F.dropout(wide, self._drops(adapter, "input"))
+            drop = self._drops(adapter, "rank")
+            y = y + packed_delta(dropped, a, b, weights, layout.spread, rank_mask, split, drop)
             return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
         return x, add
@@ -155,8 +157,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         router = self._router(adapter)
         rows = None if router is None else router.score_rows
-        drop = self._dropout(adapter) if self.training else 0.0
-        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, drop)
+        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"))
+        if (drop := self._drops(adapter, "rank")) > 0:
+            h = F.dropout(h, drop)
         if router is not None and logits is None:
             logits = _logits(router, x, split)
         routing = None if router is None or logits is None else _route(router, logits, masks, split)
@@ -188,10 +191,13 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         assert isinstance(router, Router)
         return router
 
-    def _dropout(self, adapter: str) -> float:
+    def _drops(self, adapter: str, what: str) -> float:
+        """The chance with which features of the input, or rank activations, are dropped now."""
+        if not self.training:
+            return 0.0
         dropout = self.molora_dropout[adapter]
-        assert isinstance(dropout, nn.Dropout)
-        return dropout.p
+        assert isinstance(dropout, nn.ModuleDict)
+        return dropout[what].p if what in dropout else 0.0  # type: ignore[return-value]
 
     def _attach_losses(self, y: Tensor, x: Tensor, routing: Routing, adapter: str) -> Tensor:
         loss = self.molora_loss[adapter]
