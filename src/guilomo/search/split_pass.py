@@ -33,8 +33,9 @@ def masked(context: RoutingContext, masks: dict[str, SelectionMasks]) -> Iterato
 
 def constant(masks: dict[str, SelectionMasks]) -> dict[str, SelectionMasks]:
     """The same masks, cut off from what they came from."""
+    # Copies, because compiled models are made anew for tensors that lie elsewhere in their storage.
     return {
-        name: SelectionMasks(*(None if m is None else m.detach() for m in vars(both).values()))
+        name: SelectionMasks(*(None if m is None else m.detach().clone() for m in vars(both).values()))
         for name, both in masks.items()
     }
 
