@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.speed.agreement import compare
 from benchmarks.speed.figure import write_figure
+from benchmarks.speed.notes import NOTES
 from benchmarks.speed.report import shown
 from benchmarks.speed.targets import TARGETS, better_path, by_name, regret
 
@@ -65,6 +66,7 @@ def _run(name: str, results: Results, again: Results | None) -> str:
     sections = [
         _heading(results),
         _targets(results),
+        NOTES.get(name, ""),
         _layers(results["cells"], "forward_backward", "Layer, forward and backward ÷ frozen"),
         _layers(results["cells"], "forward", "Layer, forward ÷ frozen"),
         _layer_memory(results["cells"]),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as runner
+from benchmarks.speed import page as speed_page
 from benchmarks.speed.agreement import compare
 from benchmarks.speed.cells import Cell, Setting, cells_for, chosen
 from benchmarks.speed.clocks import Work
@@ -336,3 +337,7 @@ def test_options_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "cannot be continued" in capsys.readouterr().err
     assert runner.main(["--list", "--quick"]) == 0
     assert "wrap/llama-7b" in capsys.readouterr().out
+
+
+def test_the_page_is_what_the_result_files_say() -> None:
+    assert speed_page.PAGE.read_text(encoding="utf-8") == speed_page.page(speed_page.stored())

@@ -198,8 +198,10 @@ class _Shrink(torch.autograd.Function):
             stacked = torch.cat([a.to(dtype), rows.to(dtype)])
         if ctx.needs_input_grad[0]:
             dx = _with_added(dx, dz, stacked, x, keep, len(a))
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return dx, None, None, None, None, None, None
         d_a, d_rows = _weight_gradients(dz, flat, keep, len(a), None if n is None else n * x.shape[1:-1].numel())
-        d_rows = None if rows is None else torch.zeros_like(rows) if d_rows is None else d_rows.to(rows.dtype)
+        d_rows = None if d_rows is None else d_rows.to(rows.dtype)
         return dx, d_a.to(a.dtype), d_rows, None, None, None, None
 
 

@@ -17,7 +17,7 @@ from guilomo.errors import unknown
 
 PATHS = ("packed", "fused", "sorted")
 
-SORTS_FROM = 512
+SORTS_FROM = 128
 """Fewer tokens are never sorted unasked."""
 
 _forced: list[str] = []
@@ -48,14 +48,16 @@ def sorting_pays(tokens: int, rank: int, top_k: int, experts: int, dtype: torch.
     """Whether the sorted path is the faster one for T tokens, K of E experts each, and R rank rows in all.
 
     The fused path multiplies all R rows for every token, the sorted one only those of its K experts, but gathers and
-    scatters K rows for it. The two are equal near ``R = c K / (1 - K/E)``, almost whatever the width of the linear is;
-    c was measured on CPUs (docs/speed.md). Elsewhere the path is taken only when asked for.
+    scatters K rows for it. With many tokens the two are equal near ``R = c K / (1 - K/E)``, almost whatever the width
+    of the linear is; with fewer, products over single experts become inefficient. The numbers were measured on CPUs
+    (docs/speed.md). Elsewhere the path is taken only when asked for.
     """
-    if device.type != "cpu" or top_k >= experts:
+    if device.type != "cpu" or top_k >= experts or tokens < SORTS_FROM:
         return False
     wide = dtype in (torch.float32, torch.float64)
-    least_tokens, c = (SORTS_FROM, 65) if wide else (1024, 270 if _has_tiles() else 110)
-    return tokens >= least_tokens and rank > c * top_k / (1 - top_k / experts)
+    many_tokens, c = (512, 65) if wide else (1024, 270 if _has_tiles() else 110)
+    few = max(1.0, many_tokens / tokens) ** 2
+    return rank > c * few * top_k / (1 - top_k / experts)
 
 
 @cache
