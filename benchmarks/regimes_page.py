@@ -64,13 +64,14 @@ budget), nothing is beyond noise. Four of the five searched plans train to a bet
 against 2.140 to 2.176), and the fifth training went astray (2.559): the sweep, which sees one seed, preferred 0.04 to
 0.02 by 0.001 nats, and at 0.08 all methods go astray. A rate is chosen at the edge of stability when one seed chooses.
 
-With two experts of rank 2 everywhere as the budget, all six methods, on Shakespeare, three LMs say three things, none of
-them that a searched mixture is worth more than plain LoRA. The first (`shakespeare-mixtures`): the search is better than
-MoLA beyond noise, and cannot be told from the others. The one of characters (`shakespeare-mixtures-babyllama`): nothing
-is beyond noise. One with ternary weights and 3.3 million parameters (`shakespeare-mixtures-bitstories`): **the search is
-worse than plain LoRA** beyond noise, and better than a uniform mixture; MoLA, AlphaLoRA and random plans may do better
-at rates beyond the grid there. For `shakespeare-mixtures-babyllama` the rate 0.0017 was added after 0.005 had been the
-best of three for four methods; what that concerned was trained again, to the same choice.
+With two experts of rank 2 everywhere as the budget, all six methods, on Shakespeare, three LMs say three things, none
+of them that a searched mixture is worth more than plain LoRA. The first (`shakespeare-mixtures`): the search is
+better than MoLA beyond noise, and cannot be told from the others. The one of characters (`shakespeare-mixtures-
+babyllama`): nothing is beyond noise. One with ternary weights and 3.3 million parameters (`shakespeare-mixtures-
+bitstories`): **the search is worse than plain LoRA** beyond noise, and better than a uniform mixture; MoLA, AlphaLoRA
+and random plans may do better at rates beyond the grid there. For `shakespeare-mixtures-babyllama` the rate 0.0017
+was added after 0.005 had been the best of three for four methods; what that concerned was trained again, to the same
+choice.
 
 On SST-2 with MiniLM (`sst2-9216`, the cost of rank 1 on query and value) the search cannot be told from plain LoRA
 on those targets, and what it wins over random plans is not beyond noise. With 1,200 training rows, plain LoRA of 9,216

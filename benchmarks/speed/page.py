@@ -308,7 +308,10 @@ def _made(name: str, results: Results) -> str:
 
 def stored() -> dict[str, Results]:
     """The committed runs by the name of their file."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(FOLDER.glob("*.json"), key=lambda p: p.stem)
+    }
 
 
 if __name__ == "__main__":
