@@ -13,6 +13,7 @@ from benchmarks.speed.targets import by_name
 
 INK, OURS, OTHER = "#1f2426", "#0d6570", "#87949a"
 SIZE, DOTS_PER_INCH = (8.0, 3.8), 200
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 LAYER, STEP = "layer/d2048-T1024-8x8-k2-bf16", "step/llama-bf16"
 BARS = ("frozen", "peft", "ours", "ours+balance", "grouped_gemm", "sparse_loop", "dense_einsum")
 
@@ -41,7 +42,7 @@ def _bars(axes: Axes, cell: Mapping[str, Any] | None, time: str, title: str) -> 
     colours = [OURS if name.startswith("ours") else OTHER for name in names]
     axes.barh(names, medians, xerr=reach, color=colours, error_kw={"lw": 1, "ecolor": INK})
     for place, ratio in enumerate(found):
-        axes.text(ratio["high"], place, f"  {ratio['median']:.2f}", va="center", fontsize=8.5, color=INK)
+        axes.text(ratio["high"], place, f"  {ratio['median']:.2f}", va="center", fontsize=8.5, color=INK, bbox=LABEL)
     axes.axvline(1, color=INK, lw=0.8)
     axes.invert_yaxis()
     axes.tick_params(colors=INK, labelsize=9)

@@ -18,6 +18,8 @@ weigh more: plain LoRA itself misses 4, 5 and 12.
   interval reaches below 1, is noise.
 - **8.** The pair draws masks for every row and moves the selection vectors; on so small a model that shows.
 - **9.** Three passes, the virtual step of the optimiser and its Jacobian.
+- **10.** A search is worth a number of training steps that does not depend on the task; from how many rows on it is a
+  quarter of the second stage stands at the end of this section.
 - **12.** For one token the adapter is bound by calls, not by arithmetic: eight operations where plain LoRA has
   four. From 13 operations to 8 nothing was won in time: a half-precision product for one token takes as long here
   as for sixteen, so widened copies are made, and these cost what the calls had. Keeping the copies would be faster;
