@@ -66,12 +66,12 @@ against 2.140 to 2.176), and the fifth training went astray (2.559): the sweep, 
 
 With two experts of rank 2 everywhere as the budget, all six methods, on Shakespeare, three LMs say three things, none
 of them that a searched mixture is worth more than plain LoRA. The first (`shakespeare-mixtures`): the search is
-better than MoLA beyond noise, and cannot be told from the others. The one of characters (`shakespeare-mixtures-
-babyllama`): nothing is beyond noise. One with ternary weights and 3.3 million parameters (`shakespeare-mixtures-
-bitstories`): **the search is worse than plain LoRA** beyond noise, and better than a uniform mixture; MoLA, AlphaLoRA
-and random plans may do better at rates beyond the grid there. For `shakespeare-mixtures-babyllama` the rate 0.0017
-was added after 0.005 had been the best of three for four methods; what that concerned was trained again, to the same
-choice.
+better than MoLA beyond noise, and cannot be told from the others. The one of characters
+(`shakespeare-mixtures-babyllama`): nothing is beyond noise. One with ternary weights and 3.3 million parameters
+(`shakespeare-mixtures-bitstories`): **the search is worse than plain LoRA** beyond noise, and better than a uniform
+mixture; MoLA, AlphaLoRA and random plans may do better at rates beyond the grid there. For
+`shakespeare-mixtures-babyllama` the rate 0.0017 was added after 0.005 had been the best of three for four methods;
+what that concerned was trained again, to the same choice.
 
 On SST-2 with MiniLM (`sst2-9216`, the cost of rank 1 on query and value) the search cannot be told from plain LoRA
 on those targets, and what it wins over random plans is not beyond noise. With 1,200 training rows, plain LoRA of 9,216
