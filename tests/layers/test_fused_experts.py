@@ -50,7 +50,7 @@ def fused(
     drop: float = 0.0,
 ) -> Tensor:
     spread = ExpertLayout(ranks, scales_of(ranks)).to(x.dtype).spread
-    read, h, logits = shrink(x, a, rows if len(ranks) > 1 else None, n, drop)
+    read, h, logits = shrink(x, a, rows if len(ranks) > 1 else None, n, drop, in_place)
     routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits)
     return expand(F.linear(read, w0), h, routing, spread, mask, b, n, in_place)
 
@@ -87,7 +87,7 @@ def test_without_gradients_the_result_is_the_same() -> None:
 
 def test_an_x_without_gradient_asks_the_frozen_linear_for_none() -> None:
     given = leaves(FEW, (3, 2))
-    read, _, _ = shrink(given[0].detach(), given[2], given[4], None, 0.0)
+    read, _, _ = shrink(given[0].detach(), given[2], given[4], None, 0.0, True)
     assert not read.requires_grad
 
 

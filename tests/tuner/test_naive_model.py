@@ -8,8 +8,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adapter_tools import attach, gradients
+from guilomo import LoraMoeConfig
+from guilomo.allocation import Allocation, ModulePlan, ModuleShape
 from guilomo.layers.naive import naive_delta, naive_topk_weights
+from guilomo.layers.paths import using
 from guilomo.tuner import LoraMoeLayer
+from guilomo.tuner.router_loss import RouterLoss
 from tiny_models import build, inputs_for
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -130,3 +134,47 @@ def test_dropout(dropout_on: str) -> None:
     layer = model.base_model.model.lin
     zero = torch.stack([(run - layer.base_layer(x)).abs().amax(1) for run in runs])
     assert (zero > 0).all()  # single features and ranks are dropped, not whole tokens
+
+
+class Passing(nn.Module):
+    """Has the features of a linear, and hands on its input: its gradient is one that others hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 13
+        self.weight = nn.Parameter(torch.zeros(13, 13, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("hooked", ["no", "forward", "backward"])
+@pytest.mark.parametrize("kind", [Passing, nn.Linear])
+def test_what_others_hold_is_left_alone(kind: type[nn.Module], hooked: str) -> None:
+    """A residual around a layer that passes its gradient on, and hooks that keep what they are shown."""
+    kept: list[torch.Tensor] = []
+    base = Passing() if kind is Passing else nn.Linear(13, 13).double().requires_grad_(False)
+    if hooked == "forward":
+        base.register_forward_hook(lambda module, args, output: kept.append(output))
+    if hooked == "backward":
+        base.register_full_backward_hook(lambda module, inputs, outputs: kept.append(inputs[0]))
+    model = attach(OneLinear(), target_modules=["lin"], balance_loss=None).double()
+    donor = model.base_model.model.lin
+    layer = LoraMoeLayer(base, "lin", ModuleShape(13, 13), donor.context)
+    plan = Allocation({"lin": ModulePlan(13, 13, (2, 3), 2)})
+    config = LoraMoeConfig(init_lora_weights=False, target_modules=["lin"])
+    layer.update_layer("default", plan, config, RouterLoss("", 1, None, 0.0, 0.0, 1.0))
+    layer.double().set_adapter("default")
+    x = torch.randn(80, 13, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(80, 13, dtype=torch.float64)
+    y = x.sin()
+    z = y + layer(y)
+    seen = [t.clone() for t in kept]
+    (found,) = torch.autograd.grad(z, x, dy.clone())
+    with using("packed"):
+        again = x.sin()
+        (wanted,) = torch.autograd.grad(again + layer(again), x, dy)
+    assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(now, then) for now, then in zip(kept, seen, strict=False))
+    if hooked == "backward" and kind is nn.Linear:
+        assert torch.allclose(kept[0], dy @ base.weight, rtol=1e-12, atol=1e-13)

@@ -27,10 +27,11 @@ from guilomo.layers.routing import Routing, accumulation_dtype, without_autocast
 MANY_TOKENS = 64
 """From here on copying the router's rows under A costs less than reading x a second time."""
 FEW_TOKENS = 16
+"""Up to here a float32 product is the faster one on CPUs, the weights' conversion included."""
 
 
 def shrink(
-    x: Tensor, a: Tensor, score_rows: Tensor | None, training_rows: int | None, drop: float
+    x: Tensor, a: Tensor, score_rows: Tensor | None, training_rows: int | None, drop: float, in_place: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``A x`` and the router's logits of the same x.
 
@@ -40,17 +41,18 @@ def shrink(
         score_rows: ``(E, I)`` of a router whose logits are linear, or None.
         training_rows: in a split batch, how many leading rows feed the two weights.
         drop: probability with which an entry of x is dropped for `a`; the router sees all of x.
+        in_place: whether nobody else holds the gradient that the frozen linear finds for x.
 
     Returns:
         x for the frozen linear to read, ``(T, R)`` in the computation's dtype, and ``(N, ..., E)`` logits in float32 or
         better (None without `score_rows`).
     """
     dtype = computation_dtype(x, a)
-    seed = None if drop == 0 else int(torch.randint(2**62, ()))
+    seed = None if drop == 0 else int(torch.randint(2**62, (), device="cpu"))
     if not torch.is_grad_enabled():
         h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed), widen=True)
         return x, h, logits
-    read, h, logits = _Shrink.apply(x, a, score_rows, training_rows, dtype, drop, seed)
+    read, h, logits = _Shrink.apply(x, a, score_rows, training_rows, dtype, drop, seed, in_place)
     # Where x has no gradient, the frozen linear must not be made to compute one.
     return (read if x.requires_grad else x), h, logits
 
@@ -100,18 +102,16 @@ def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
 
 
 def precise_product(x: Tensor, w: Tensor) -> Tensor:
-    """``x w^T`` in float32 or better, ``(T, I), (E, I) -> (T, E)``, without widening a half-precision x where possible.
+    """``x w^T`` in float32 or better, ``(T, I), (E, I) -> (T, E)``; on CPUs without widening a half-precision x.
 
-    Half-precision products add up in float32 and are rounded at the end. On CPUs the rounding error comes from a second
-    product that starts at minus the rounded result: together they are right to 16 bits, at a fifth of the price of a
-    float32 copy of x. Rounded logits change the chosen experts of some tokens.
+    Half-precision products add up in float32 and are rounded at the end. The rounding error comes from a second product
+    that starts at minus the rounded result: together they are right to 15 bits and cheaper than a float32 copy of x.
+    Elsewhere than on CPUs this was never tried, so there x is widened.
     """
     wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     with without_autocast(x.device.type):
-        if x.dtype != w.dtype or x.dtype == wide or len(x) < MANY_TOKENS:
+        if x.device.type != "cpu" or x.dtype != w.dtype or x.dtype == wide or len(x) < MANY_TOKENS:
             return F.linear(x.to(wide), w.to(wide))
-        if x.device.type == "cuda":
-            return torch.mm(x, w.t(), out_dtype=wide)
         rounded = F.linear(x, w)
         return torch.addmm(rounded, x, w.t(), beta=-1).to(wide).add_(rounded)
 
@@ -146,7 +146,7 @@ def _shrunk(
 def _few(x: Tensor, a: Tensor, score_rows: Tensor, dtype: torch.dtype) -> bool:
     """Whether one product in float32 is faster than one in half precision and a precise one.
 
-    So it is on CPUs for few tokens, whose half-precision products take the time of many.
+    So it is on CPUs for few tokens.
     """
     half = x.dtype == a.dtype == score_rows.dtype == dtype in (torch.bfloat16, torch.float16)
     return half and len(x) <= FEW_TOKENS and x.device.type == "cpu"
@@ -177,17 +177,20 @@ class _Shrink(torch.autograd.Function):
         dtype: torch.dtype,
         drop: float,
         seed: int | None,
+        in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, score_rows)
-        ctx.options = n, dtype, drop, seed
+        ctx.options = n, dtype, drop, seed, in_place
         h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed))
         return x.view_as(x), h, logits
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, dh: Tensor | None, d_logits: Tensor | None) -> tuple[Tensor | None, ...]:
         x, a, rows = ctx.saved_tensors
-        n, dtype, drop, seed = ctx.options
+        n, dtype, drop, seed, in_place = ctx.options
+        # Where second derivatives are recorded, the gradient that came in belongs to their graph.
+        in_place = in_place and not torch.is_grad_enabled()
         flat = _flat(x).to(dtype)
         dh = flat.new_zeros(len(flat), len(a)) if dh is None else dh
         keep = _kept(x, dtype, drop, seed)
@@ -197,22 +200,24 @@ class _Shrink(torch.autograd.Function):
             dz = torch.cat([dh, _flat(d_logits).to(dtype)], dim=1)
             stacked = torch.cat([a.to(dtype), rows.to(dtype)])
         if ctx.needs_input_grad[0]:
-            dx = _with_added(dx, dz, stacked, x, keep, len(a))
+            dx = _with_added(dx, dz, stacked, x, keep, len(a), in_place)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return dx, None, None, None, None, None, None
+            return dx, None, None, None, None, None, None, None
         d_a, d_rows = _weight_gradients(dz, flat, keep, len(a), None if n is None else n * x.shape[1:-1].numel())
         d_rows = None if d_rows is None else d_rows.to(rows.dtype)
-        return dx, d_a.to(a.dtype), d_rows, None, None, None, None
+        return dx, d_a.to(a.dtype), d_rows, None, None, None, None, None
 
 
-def _with_added(dx: Tensor | None, dz: Tensor, stacked: Tensor, x: Tensor, keep: Tensor | None, ranks: int) -> Tensor:
-    """``dx + dz @ stacked`` shaped like `x`, in place where dx is the frozen linear's own result.
+def _with_added(
+    dx: Tensor | None, dz: Tensor, stacked: Tensor, x: Tensor, keep: Tensor | None, ranks: int, in_place: bool
+) -> Tensor:
+    """``dx + dz @ stacked`` shaped like `x`, in place if wanted and possible.
 
     With dropout, the columns before `ranks` have seen what `keep` kept.
     """
     if keep is not None:
         through = (dz[:, :ranks] @ stacked[:ranks]) * keep + dz[:, ranks:] @ stacked[ranks:]
-    elif dx is not None and dx.dtype == dz.dtype and dx.is_contiguous() and not torch.is_grad_enabled():
+    elif dx is not None and in_place and dx.dtype == dz.dtype and dx.is_contiguous():
         _flat(dx).addmm_(dz, stacked)
         return dx
     else:
@@ -251,7 +256,9 @@ def _gate_of_kept(routing: Routing, spread: Tensor) -> Tensor:
     assert routing.kept is not None
     given, kept = routing.given.reshape(-1), routing.kept.reshape(-1)
     each = routing.kept.shape[-1]
-    starts = _multiples(len(kept) // each, each, kept.device)
+    # A tensor that only stands for one, as in a trace, must not be kept for later calls.
+    make = _multiples if type(kept) is Tensor else _multiples.__wrapped__
+    starts = make(len(kept) // each, each, kept.device)
     # mode 0: the sum. F.embedding_bag is this and checks that take longer.
     gate: Tensor = torch.embedding_bag(spread.to(given.dtype), kept, starts, False, 0, False, given)[0]
     return gate

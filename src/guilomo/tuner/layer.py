@@ -82,11 +82,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.merged:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         additions = []
         for adapter in self.active_adapters:
@@ -113,7 +111,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
         dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
-        if not isinstance(router, LinearRouter) or router.dense or searching or dropping:
+        if not isinstance(router, LinearRouter) or router.dense or searching or dropping or not self._unseen():
             return False
         a = self.molora_A[adapter]
         dtype = computation_dtype(x, a)
@@ -123,7 +121,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
         router = self._router(adapter)
         assert router is not None
-        read, _, logits = shrink(x, a.detach()[:0], router.score_rows, None, 0.0)
+        read, _, logits = shrink(x, a.detach()[:0], router.score_rows, None, 0.0, True)
         assert logits is not None
         routing = router.route(logits)
         order = sort_tokens(routing.chosen, layout.all_ranks)
@@ -157,7 +155,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         router = self._router(adapter)
         rows = None if router is None else router.score_rows
-        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"))
+        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"), self._unseen())
         if (drop := self._drops(adapter, "rank")) > 0:
             h = F.dropout(h, drop)
         if router is not None and logits is None:
@@ -173,10 +171,18 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
         return read, add
 
-    def _owns(self, y: Tensor) -> bool:
-        """Whether the frozen layer's output may be changed in place: a fresh product that nobody else has seen."""
+    def _unseen(self) -> bool:
+        """Whether nobody else sees what the frozen layer makes: its output and the gradient of its input.
+
+        Other modules than linear ones may pass on what others hold.
+        """
         base = self.base_layer
-        return isinstance(base, (nn.Linear, Conv1D)) and not base._forward_hooks and not y._is_view()
+        watched = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        return isinstance(base, (nn.Linear, Conv1D)) and not watched
+
+    def _owns(self, y: Tensor) -> bool:
+        """Whether the frozen layer's output may be changed in place."""
+        return self._unseen() and y.is_contiguous() and not y._is_view()
 
     def _layout(self, adapter: str) -> ExpertLayout:
         layout = self.molora_layout[adapter]
