@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(record.to_dict()) if options.json else printed(record.to_dict()))
-    return 1 if any("error" in cell for cell in record.cells) else 0
+    return 1 if any("error" in cell and "absent" not in cell for cell in record.cells) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -270,7 +270,7 @@ def _whole(cells: Results) -> str:
 
 def _failures(cells: Sequence[Results]) -> str:
     failed = [f"- {cell['name']}: {cell['error']}" for cell in cells if "error" in cell]
-    return "\n".join(["### Cells that failed", "", *failed, ""]) if failed else ""
+    return "\n".join(["### Cells that were not measured", "", *failed, ""]) if failed else ""
 
 
 def _agreement(first: Results, again: Results) -> str:

@@ -341,3 +341,12 @@ def test_options_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_the_page_is_what_the_result_files_say() -> None:
     assert speed_page.PAGE.read_text(encoding="utf-8") == speed_page.page(speed_page.stored())
+
+
+def test_absent_data_are_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("GUILOMO_DATA", raising=False)
+    assert runner.main(["--only", "whole", "--rounds", "1", "--json"]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
+    assert cell["absent"]
+    assert "GUILOMO_DATA" in cell["error"]
+    assert "models/stories260K" in cell["error"]

@@ -11,17 +11,10 @@ from guilomo.layers import ExpertLayout
 from guilomo.layers.fused import MANY_TOKENS, expand, precise_product, shrink
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.layers.routers import TopKRouter
+from mixture_cases import CASES
 
 I, O = 13, 7  # noqa: E741  odd on purpose: nothing may rely on powers of two
 
-CASES = {
-    "mixed ranks": ((3, 8, 1, 5), 2),
-    "one expert": ((4,), 1),
-    "all chosen": ((2, 3, 5), 3),
-    "top-1": ((3, 1, 2), 1),
-    "rank 1": ((1, 1, 1, 1, 1), 2),
-    "many": ((2,) * 9, 4),
-}
 FEW, MANY = 11, MANY_TOKENS + 3
 """Numbers of tokens on both sides of where router rows are stacked."""
 

@@ -11,17 +11,9 @@ from guilomo.allocation.plan import SCALINGS
 from guilomo.layers import ExpertLayout, packed_delta
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.layers.routers import DenseRouter, TopKRouter
+from mixture_cases import CASES
 
 I, O, T = 13, 7, 11  # noqa: E741  odd on purpose: nothing may rely on powers of two
-
-CASES = {
-    "mixed ranks": ((3, 8, 1, 5), 2),
-    "one expert": ((4,), 1),
-    "all chosen": ((2, 3, 5), 3),
-    "top-1": ((3, 1, 2), 1),
-    "rank 1": ((1, 1, 1, 1, 1), 2),
-    "many": ((2,) * 9, 4),
-}
 
 
 def scales_of(ranks: tuple[int, ...], scaling: str = "alpha_over_r") -> tuple[float, ...]:

@@ -12,6 +12,11 @@ import torch
 from benchmarks.speed.clocks import CLOCKS, Work
 from benchmarks.speed.timing import interleave
 
+
+class Absent(Exception):
+    """What a cell needs is not here; the message says how to give it."""
+
+
 Result = dict[str, Any]
 """JSON-ready; ``times`` maps what was timed to a timing, ``counts`` maps variants to counted figures."""
 
@@ -55,10 +60,15 @@ class Cell:
         return self.name.partition("/")[0]
 
     def run(self, setting: Setting) -> Result:
-        """The result, with name, kind and the seconds it took. A failure is a result too: the others shall go on."""
+        """The result, with name, kind and the seconds it took. A failure is a result too: the others shall go on.
+
+        A cell that cannot be measured here, such as one that needs data, says so in ``absent``.
+        """
         started = time.perf_counter()
         try:
             found = self.measure(setting)
+        except Absent as reason:
+            found = {"error": str(reason), "absent": True}
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         head = {"name": self.name, "kind": self.kind, "setting": setting.to_dict()}

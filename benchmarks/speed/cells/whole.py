@@ -11,11 +11,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.speed.cells.cell import Cell, Result, Setting
+from benchmarks.speed.cells.cell import Absent, Cell, Result, Setting
 from benchmarks.speed.cells.search import TokenRows
 from benchmarks.speed.clocks import Work
 from benchmarks.speed.models import LLAMA_LINEARS
-from guilomo.errors import GuilomoError
 from guilomo.search import Search, SearchConfig
 from guilomo.search.data import mean_loss, row_losses
 from guilomo.search.inner import make_optimizer
@@ -60,7 +59,7 @@ def _kind(step: int, config: SearchConfig) -> str:
 def _model(config: LoraMoeConfig, setting: Setting) -> nn.Module:
     data = os.environ.get("GUILOMO_DATA")
     if not data:
-        raise GuilomoError("GUILOMO_DATA is not set: expected the folder that holds models/stories260K.")
+        raise Absent("GUILOMO_DATA is not set: expected the folder that holds models/stories260K.")
     torch.manual_seed(setting.seed)
     base = AutoModelForCausalLM.from_pretrained(Path(data) / "models" / "stories260K").to(setting.device)
     model: Any = get_peft_model(base, config)

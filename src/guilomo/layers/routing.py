@@ -62,7 +62,7 @@ def softmax_over_experts(scores: Tensor) -> Tensor:
     """Softmax over the last dimension of ``(..., E)``, for small E."""
     if scores.device.type != "cpu" or scores.dim() == 1:
         return scores.softmax(-1)
-    # CPUs vectorise along the innermost dimension, which the softmax must not be: seven times faster at E = 8.
+    # CPUs vectorise along the innermost dimension, which the softmax must not be: several times faster at E = 8.
     return scores.transpose(-1, -2).softmax(-2).transpose(-1, -2)
 
 
