@@ -1,4 +1,4 @@
-"""The fused path: two hand-written autograd nodes with the frozen linear between them.
+"""The fused path: two hand-written autograd nodes around the frozen linear, or with the frozen product in them.
 
     x, h, logits = shrink(x, A, W)      h = A x; the router's rows W are stacked under A: one product serves both
     y = frozen(x)
@@ -8,6 +8,14 @@ The frozen linear reads the x that `shrink` gives back. So the backward of `shri
 frozen linear found for x, and adds its own part into it: nothing of the size of x or y is allocated beside what the
 frozen linear makes. It is only ever called, never read, so it may be quantised, sharded or a Conv1D.
 
+Where the frozen layer is a plain linear whose weight may be read (`Frozen`), the nodes make its product themselves,
+and the other way round: first ``B (gate * h)``, then the large product on top of it. Products add to what is there at
+next to no cost, so this spares a pass over y; and in the backward one over the gradient of x, for which the second node
+hands the gradient of y to the first.
+
+Linears that read the same x can share one `shrink` (several `Member`): x is read once for all, and their parts of its
+gradient are added up by the products.
+
 Saved for the backward: x, ``h (T, R)`` and ``weights (T, E)``. That the low-rank products can be accumulated into the
 frozen ones is common (unsloth, LoRAFusion arXiv 2510.00206); gates in rank space, stacked router rows and the split of
 rows are ours. The twin that the tests compare with is `guilomo.layers.naive`.
@@ -15,8 +23,10 @@ rows are ours. The twin that the tests compare with is `guilomo.layers.naive`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,31 +40,74 @@ FEW_TOKENS = 16
 """Up to here a float32 product is the faster one on CPUs, the weights' conversion included."""
 
 
+@dataclass
+class Frozen:
+    """A frozen linear whose product the nodes make themselves.
+
+    Attributes:
+        weight: ``(O, I)``; bias: ``(O,)`` or None; in the dtype of x and of the low-rank products.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    _handed: tuple[int, Tensor] | None = field(default=None, repr=False)
+
+    def product(self, x: Tensor, onto: Tensor) -> Tensor:
+        """``x W^T + onto``, which is overwritten: ``(T, O)``, the bias already in it."""
+        return onto.addmm_(_flat(x), self.weight.t()).view(*x.shape[:-1], len(self.weight))
+
+    def hand_over(self, dy: Tensor) -> None:
+        """Keeps ``dy (T, O)`` from the backward of `expand_frozen` for that of `shrink`."""
+        self._handed = torch._C._current_graph_task_id(), dy
+
+    def take(self) -> Tensor | None:
+        """The dy of the backward now running. One of an earlier backward, which had no use for it, is thrown away."""
+        handed, self._handed = self._handed, None
+        return handed[1] if handed is not None and handed[0] == torch._C._current_graph_task_id() else None
+
+
+class Member(NamedTuple):
+    """What one linear wants of an x: ``a (R, I)`` packed down-projections, ``score_rows (E, I)`` of a router whose
+    logits are linear, or None, and `frozen` if the nodes make the frozen product themselves."""
+
+    a: Tensor
+    score_rows: Tensor | None
+    frozen: Frozen | None = None
+
+
+class Shrunk(NamedTuple):
+    """``h (T, R)`` in the computation's dtype and ``logits (N, ..., E)`` in float32 or better, None without router."""
+
+    h: Tensor
+    logits: Tensor | None
+
+
 def shrink(
-    x: Tensor, a: Tensor, score_rows: Tensor | None, training_rows: int | None, drop: float, in_place: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``A x`` and the router's logits of the same x.
+    x: Tensor, members: Sequence[Member], training_rows: int | None = None, drop: float = 0.0, in_place: bool = False
+) -> tuple[Tensor, list[Shrunk]]:
+    """``A x`` and the router's logits of the same x, for every member.
 
     Args:
-        x: ``(N, ..., I)`` input of the adapted linear, T tokens in all.
-        a: ``(R, I)`` packed down-projections.
-        score_rows: ``(E, I)`` of a router whose logits are linear, or None.
-        training_rows: in a split batch, how many leading rows feed the two weights.
-        drop: probability with which an entry of x is dropped for `a`; the router sees all of x.
-        in_place: whether nobody else holds the gradient that the frozen linear finds for x.
+        x: ``(N, ..., I)`` input of the adapted linears, T tokens in all.
+        members: the linears that read x.
+        training_rows: in a split batch, how many leading rows feed the weights.
+        drop: probability with which an entry of x is dropped for A; the router sees all of x. For one member only.
+        in_place: whether nobody else holds the gradient that the frozen linears find for x.
 
     Returns:
-        x for the frozen linear to read, ``(T, R)`` in the computation's dtype, and ``(N, ..., E)`` logits in float32 or
-        better (None without `score_rows`).
+        x for the frozen linears to read, and what each member wanted.
     """
-    dtype = computation_dtype(x, a)
+    dtype = computation_dtype(x, members[0].a)
     seed = None if drop == 0 else int(torch.randint(2**62, (), device="cpu"))
     if not torch.is_grad_enabled():
-        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed), widen=True)
-        return x, h, logits
-    read, h, logits = _Shrink.apply(x, a, score_rows, training_rows, dtype, drop, seed, in_place)
+        return x, _shrunk(x, members, dtype, _kept(x, dtype, drop, seed), widen=True)
+    options = _Options(training_rows, dtype, drop, seed, in_place, tuple(m.frozen for m in members))
+    weights = [m.frozen.weight if m.frozen is not None else None for m in members]
+    both = [part for m in members for part in (m.a, m.score_rows)]
+    read, *found = _Shrink.apply(x, options, *both, *weights)
+    pairs = [Shrunk(*found[i : i + 2]) for i in range(0, len(found), 2)]
     # Where x has no gradient, the frozen linear must not be made to compute one.
-    return (read if x.requires_grad else x), h, logits
+    return (read if x.requires_grad else x), pairs
 
 
 def expand(
@@ -81,16 +134,27 @@ def expand(
     """
     if torch.is_grad_enabled():
         weights = None if routing is None else routing.weights
-        out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place)
+        out: Tensor = _Expand.apply(y, h, weights, spread, mask, b, training_rows, in_place, None)
         return out
-    if routing is not None and routing.only_kept and mask is None and len(h) <= FEW_TOKENS:
-        gate = _gate_of_kept(routing, spread)
-    else:
-        gate = _gate(h, None if routing is None else routing.weights, spread, mask)
-    dtype = computation_dtype(y, b)
-    # `h` of few tokens may be wider than the products, see `_shrunk`.
-    gated = h * gate if h.dtype == gate.dtype == dtype else torch.mul(h, gate, out=h.new_empty(h.shape, dtype=dtype))
-    return _expanded(y, gated, b, in_place)
+    return _expanded(y, _gated(y, h, routing, spread, mask, b), b, in_place)
+
+
+def expand_frozen(
+    x: Tensor,
+    frozen: Frozen,
+    h: Tensor,
+    routing: Routing | None,
+    spread: Tensor,
+    mask: Tensor | None,
+    b: Tensor,
+    training_rows: int | None,
+) -> Tensor:
+    """``frozen(x) + B (gate * h)``; as `expand` of the frozen output, for a member whose `shrink` knows `frozen`."""
+    if torch.is_grad_enabled():
+        weights = None if routing is None else routing.weights
+        out: Tensor = _Expand.apply(x, h, weights, spread, mask, b, training_rows, False, frozen)
+        return out
+    return frozen.product(x, _lifted(_gated(x, h, routing, spread, mask, b), b, frozen.bias))
 
 
 def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
@@ -121,34 +185,53 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _shrunk(
-    x: Tensor, a: Tensor, score_rows: Tensor | None, dtype: torch.dtype, keep: Tensor | None, widen: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """``(T, R)`` and ``(N, ..., E)``; `keep` ``(T, I)`` is the scaled dropout mask.
+    x: Tensor, members: Sequence[Member], dtype: torch.dtype, keep: Tensor | None, widen: bool = False
+) -> list[Shrunk]:
+    """What every member wants; `keep` ``(T, I)`` is the scaled dropout mask.
 
     With `widen`, ``A x`` may come in float32 instead of `dtype`, where that is faster.
     """
-    flat, narrow = _flat(x), a.to(dtype)
+    flat = _flat(x)
+    downs = [m.a for m in members]
+    rows = [m.score_rows for m in members if m.score_rows is not None]
     read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
-    if score_rows is None:
-        return _product(read, narrow), None
-    if widen and keep is None and _few(flat, a, score_rows, dtype):
-        both = _product(flat.float(), torch.cat([a, score_rows], out=a.new_empty(0, dtype=torch.float32)))
-        return both[:, : len(a)], both[:, len(a) :].view(*x.shape[:-1], len(score_rows))
-    exact = x.dtype == dtype == score_rows.dtype == accumulation_dtype(dtype)
-    if exact and keep is None and len(flat) >= MANY_TOKENS:
-        both = _product(flat, torch.cat([narrow, score_rows]))
-        h, logits = both[:, : len(a)], both[:, len(a) :]
+    if not rows:
+        h, logits = _product(read, _stacked(downs, dtype)), None
+    elif widen and keep is None and _few(flat, [*downs, *rows], dtype):
+        together = _product(flat.float(), torch.cat([*downs, *rows], out=flat.new_empty(0, dtype=torch.float32)))
+        h, logits = together.split([sum(map(len, downs)), sum(map(len, rows))], dim=1)
     else:
-        h, logits = _product(read, narrow), precise_product(flat, score_rows)
-    return h, logits.view(*x.shape[:-1], len(score_rows))
+        exact = x.dtype == dtype == accumulation_dtype(dtype) and all(r.dtype == dtype for r in rows)
+        if exact and keep is None and len(flat) >= MANY_TOKENS:
+            together = _product(flat, _stacked([*downs, *rows], dtype))
+            h, logits = together.split([sum(map(len, downs)), sum(map(len, rows))], dim=1)
+        else:
+            h, logits = _product(read, _stacked(downs, dtype)), precise_product(flat, _stacked(rows))
+    return _by_member(members, h, logits, x.shape[:-1])
 
 
-def _few(x: Tensor, a: Tensor, score_rows: Tensor, dtype: torch.dtype) -> bool:
+def _by_member(members: Sequence[Member], h: Tensor, logits: Tensor | None, shape: torch.Size) -> list[Shrunk]:
+    hs = [h] if len(members) == 1 else h.split([len(m.a) for m in members], dim=1)
+    experts = [0 if m.score_rows is None else len(m.score_rows) for m in members]
+    us = [None] * len(members) if logits is None else [logits] if len(members) == 1 else logits.split(experts, dim=1)
+    return [
+        Shrunk(own, u.reshape(*shape, count) if u is not None and count else None)
+        for own, u, count in zip(hs, us, experts, strict=True)
+    ]
+
+
+def _stacked(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    if dtype is not None:
+        parts = [part.to(dtype) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _few(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether one product in float32 is faster than one in half precision and a precise one.
 
     So it is on CPUs for few tokens.
     """
-    half = x.dtype == a.dtype == score_rows.dtype == dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype == dtype in (torch.bfloat16, torch.float16) and all(w.dtype == dtype for w in weights)
     return half and len(x) <= FEW_TOKENS and x.device.type == "cpu"
 
 
@@ -166,46 +249,81 @@ def _kept(x: Tensor, dtype: torch.dtype, drop: float, seed: int | None) -> Tenso
     return keep.div_(1 - drop)
 
 
+@dataclass
+class _Options:
+    training_rows: int | None
+    dtype: torch.dtype
+    drop: float
+    seed: int | None
+    in_place: bool
+    frozen: tuple[Frozen | None, ...]
+
+    def handed_over(self) -> list[tuple[Tensor, Tensor]]:
+        """``dy (T, O)`` and weight of every frozen product that the backward now running came through."""
+        taken = [(frozen.take(), frozen.weight) for frozen in self.frozen if frozen is not None]
+        return [(dy, weight) for dy, weight in taken if dy is not None]
+
+
 class _Shrink(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        score_rows: Tensor | None,
-        n: int | None,
-        dtype: torch.dtype,
-        drop: float,
-        seed: int | None,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, a, score_rows)
-        ctx.options = n, dtype, drop, seed, in_place
-        h, logits = _shrunk(x, a, score_rows, dtype, _kept(x, dtype, drop, seed))
-        return x.view_as(x), h, logits
+    """Takes and gives, after x, ``a`` and ``score_rows`` of every member in turn; then the frozen weights, so that a
+    change of one of them between forward and backward is noticed."""
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, dh: Tensor | None, d_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, a, rows = ctx.saved_tensors
-        n, dtype, drop, seed, in_place = ctx.options
+    def forward(ctx: Any, x: Tensor, options: _Options, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *tensors)
+        ctx.options = options
+        members = _members(tensors, len(options.frozen))
+        keep = _kept(x, options.dtype, options.drop, options.seed)
+        shrunk = _shrunk(x, members, options.dtype, keep)
+        return x.view_as(x), *(part for pair in shrunk for part in pair)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        options: _Options = ctx.options
         # Where second derivatives are recorded, the gradient that came in belongs to their graph.
-        in_place = in_place and not torch.is_grad_enabled()
-        flat = _flat(x).to(dtype)
-        dh = flat.new_zeros(len(flat), len(a)) if dh is None else dh
-        keep = _kept(x, dtype, drop, seed)
-        if d_logits is None or rows is None:
-            dz, stacked = dh, a.to(dtype)
-        else:
-            dz = torch.cat([dh, _flat(d_logits).to(dtype)], dim=1)
-            stacked = torch.cat([a.to(dtype), rows.to(dtype)])
+        in_place = options.in_place and not torch.is_grad_enabled()
+        handed_over = options.handed_over()
+        flat = _flat(x).to(options.dtype)
+        keep = _kept(x, options.dtype, options.drop, options.seed)
+        parts = [part for part in tensors[: 2 * len(options.frozen)] if part is not None]
+        present = [i for i, part in enumerate(tensors[: 2 * len(options.frozen)]) if part is not None]
+        dz = _stacked_gradients([grads[i] for i in present], parts, flat)
         if ctx.needs_input_grad[0]:
-            dx = _with_added(dx, dz, stacked, x, keep, len(a), in_place)
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return dx, None, None, None, None, None, None, None
-        d_a, d_rows = _weight_gradients(dz, flat, keep, len(a), None if n is None else n * x.shape[1:-1].numel())
-        d_rows = None if d_rows is None else d_rows.to(rows.dtype)
-        return dx, d_a.to(a.dtype), d_rows, None, None, None, None, None
+            dx = _with_added(dx, dz, _stacked(parts, options.dtype), x, keep, len(parts[0]), in_place)
+            for dy, weight in handed_over:
+                dx = _onto(dx, dy, weight)
+        out: list[Tensor | None] = [None] * len(tensors)
+        if any(ctx.needs_input_grad[2:]):
+            n = options.training_rows
+            tokens = None if n is None else n * x.shape[1:-1].numel()
+            found = _weight_gradients(dz, flat, keep, [len(part) for part in parts], tokens)
+            for i, part, gradient in zip(present, parts, found, strict=True):
+                out[i] = gradient.to(part.dtype)
+        return dx, None, *out
+
+
+def _members(tensors: Sequence[Tensor | None], count: int) -> list[Member]:
+    pairs = [tensors[2 * i : 2 * i + 2] for i in range(count)]
+    return [Member(a, rows) for a, rows in pairs if a is not None]
+
+
+def _stacked_gradients(grads: Sequence[Tensor | None], parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """``(T, sum of rows)``: the gradients of all products of x, 0 for one that was not used."""
+    full = [
+        x.new_zeros(len(x), len(part)) if gradient is None else _flat(gradient).to(x.dtype)
+        for gradient, part in zip(grads, parts, strict=True)
+    ]
+    return full[0] if len(full) == 1 else torch.cat(full, dim=1)
+
+
+def _onto(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """``dx + dy W``, in place: `dx` was made by this backward or may be changed."""
+    if torch.is_grad_enabled():
+        return (_flat(dx) + dy @ weight).view(dx.shape)
+    _flat(dx).addmm_(dy, weight)
+    return dx
 
 
 def _with_added(
@@ -227,14 +345,28 @@ def _with_added(
 
 
 def _weight_gradients(
-    dz: Tensor, x: Tensor, keep: Tensor | None, ranks: int, tokens: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """``dz^T x`` over the first `tokens` rows, for the rank rows and for the router's."""
+    dz: Tensor, x: Tensor, keep: Tensor | None, rows: Sequence[int], tokens: int | None
+) -> Sequence[Tensor]:
+    """``dz^T x`` over the first `tokens` rows, split by `rows`; with dropout the first part has seen what was kept."""
     dz, x = dz[:tokens], x[:tokens]
     if keep is not None:
-        return dz[:, :ranks].t() @ (x * keep[:tokens]), dz[:, ranks:].t() @ x if dz.shape[1] > ranks else None
-    both = dz.t() @ x
-    return both[:ranks], both[ranks:] if len(both) > ranks else None
+        first = dz[:, : rows[0]].t() @ (x * keep[:tokens])
+        return [first, *(dz[:, rows[0] :].t() @ x).split(rows[1:])] if len(rows) > 1 else [first]
+    parts: Sequence[Tensor] = (dz.t() @ x).split(list(rows))
+    return parts
+
+
+def _gated(
+    x: Tensor, h: Tensor, routing: Routing | None, spread: Tensor, mask: Tensor | None, b: Tensor
+) -> Tensor:
+    """``gate * h`` in the dtype of the products, without gradients."""
+    if routing is not None and routing.only_kept and mask is None and len(h) <= FEW_TOKENS:
+        gate = _gate_of_kept(routing, spread)
+    else:
+        gate = _gate(h, None if routing is None else routing.weights, spread, mask)
+    dtype = computation_dtype(x, b)
+    # `h` of few tokens may be wider than the products, see `_shrunk`.
+    return h * gate if h.dtype == gate.dtype == dtype else torch.mul(h, gate, out=h.new_empty(h.shape, dtype=dtype))
 
 
 def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None) -> Tensor:
@@ -281,7 +413,16 @@ def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
         return torch.addmm(_flat(y), gated, narrow.t()).view(y.shape)
 
 
+def _lifted(gated: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``B gated + bias``, ``(T, O)``."""
+    narrow = b.to(gated.dtype)
+    with without_autocast(gated.device.type):
+        return F.linear(gated, narrow, bias)
+
+
 class _Expand(torch.autograd.Function):
+    """Of y; or with `frozen` of the x that the frozen product is made of, whose gradient then takes the other way."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -293,12 +434,17 @@ class _Expand(torch.autograd.Function):
         b: Tensor,
         n: int | None,
         in_place: bool,
+        frozen: Frozen | None,
     ) -> Tensor:
         ctx.save_for_backward(h, weights, spread, mask, b)
         ctx.tokens = None if n is None else n * y.shape[1:-1].numel()
+        ctx.frozen = frozen
+        gated = h * _gate(h, weights, spread, mask).to(h.dtype)
+        if frozen is not None:
+            return frozen.product(y, _lifted(gated, b, frozen.bias))
         if in_place:
             ctx.mark_dirty(y)
-        return _expanded(y, h * _gate(h, weights, spread, mask).to(h.dtype), b, in_place)
+        return _expanded(y, gated, b, in_place)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -311,7 +457,10 @@ class _Expand(torch.autograd.Function):
         d_weights = d_mask = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
             d_weights, d_mask = _gate_gradients(through * h, weights, spread, mask, ctx.tokens)
-        return dy, through * gate, d_weights, None, d_mask, d_b, None, None
+        if ctx.frozen is not None:
+            ctx.frozen.hand_over(flat)
+        d_y = dy if ctx.frozen is None else None
+        return d_y, through * gate, d_weights, None, d_mask, d_b, None, None, None
 
 
 def _gate_gradients(

@@ -2,6 +2,7 @@
 
 packed   plain torch operations: under `torch.compile`, and where second derivatives are taken
 fused    two hand-written autograd nodes around the frozen linear (`guilomo.layers.fused`)
+joined   the same with the frozen product in the nodes, where they may read the frozen weight
 sorted   tokens sorted by expert, one product per expert (`guilomo.layers.sorted`): pays at many rank rows
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from guilomo.errors import unknown
 
-PATHS = ("packed", "fused", "sorted")
+PATHS = ("packed", "fused", "joined", "sorted")
 
 SORTS_FROM = 128
 """Fewer tokens are never sorted unasked."""

@@ -16,7 +16,7 @@ from guilomo.allocation.plan import Allocation, ModuleShape
 from guilomo.errors import GuilomoError
 from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
-from guilomo.layers.fused import computation_dtype, expand, shrink
+from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, computation_dtype, expand, expand_frozen, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
 from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
 from guilomo.layers.routers import router_class
@@ -86,11 +86,13 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.molora_A]
+        if not (args or kwargs) and self._joins(x, adapters):
+            return self._joined(x, adapters[0])
         additions = []
-        for adapter in self.active_adapters:
-            if adapter in self.molora_A:
-                x, add = self._begin(x, adapter)
-                additions.append(add)
+        for adapter in adapters:
+            x, add = self._begin(x, adapter)
+            additions.append(add)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
         for add in additions:
@@ -106,7 +108,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def _sorts(self, x: Tensor, adapter: str) -> bool:
         """Whether the sorted path can be taken, and is asked for or pays."""
         tokens, asked = x.shape[:-1].numel(), forced()
-        if asked == "fused" or (asked is None and tokens < SORTS_FROM):
+        if asked in ("fused", "joined") or (asked is None and tokens < SORTS_FROM):
             return False
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
@@ -121,7 +123,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
         router = self._router(adapter)
         assert router is not None
-        read, _, logits = shrink(x, a.detach()[:0], router.score_rows, None, 0.0, True)
+        read, [(_, logits)] = shrink(x, [Member(a.detach()[:0], router.score_rows)], in_place=True)
         assert logits is not None
         routing = router.route(logits)
         order = sort_tokens(routing.chosen, layout.all_ranks)
@@ -151,25 +153,60 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return x, add
 
     def _fused(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
-        b, layout = self.molora_B[adapter], self._layout(adapter)
-        masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
-        router = self._router(adapter)
-        rows = None if router is None else router.score_rows
-        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"), self._unseen())
+        split, router = self.context.split_at(x), self._router(adapter)
+        member = Member(self.molora_A[adapter], None if router is None else router.score_rows)
+        read, [shrunk] = shrink(x, [member], split, self._drops(adapter, "input"), self._unseen())
+        h, routing, mask = self._gating(x, *shrunk, adapter)
+
+        def add(y: Tensor) -> Tensor:
+            spread, b = self._layout(adapter).spread, self.molora_B[adapter]
+            y = expand(y, h, routing, spread, mask, b, split, self._owns(y))
+            return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+        return read, add
+
+    def _joins(self, x: Tensor, adapters: list[str]) -> bool:
+        """Whether our nodes can make the frozen product themselves, and are asked to or it pays."""
+        asked = forced()
+        if torch.compiler.is_compiling() or asked not in ("joined", None) or len(adapters) != 1:
+            return False
+        if not self._readable(x) or computation_dtype(x, self.molora_A[adapters[0]]) != x.dtype:
+            return False
+        return asked == "joined" or (x.shape[:-1].numel() >= MANY_TOKENS and not self._sorts(x, adapters[0]))
+
+    def _readable(self, x: Tensor) -> bool:
+        """Whether the frozen layer is nothing but ``x W^T + bias`` with an ordinary frozen weight of x's dtype."""
+        base = self.base_layer
+        if type(base) is not nn.Linear or "forward" in vars(base) or base._forward_pre_hooks or not self._unseen():
+            return False
+        plain = type(base.weight) is nn.Parameter and base.weight.dtype == x.dtype
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return plain and not trained and not torch.is_autocast_enabled(x.device.type)
+
+    def _joined(self, x: Tensor, adapter: str) -> Tensor:
+        base, router, split = self.base_layer, self._router(adapter), self.context.split_at(x)
+        assert isinstance(base, nn.Linear)
+        frozen = Frozen(base.weight, base.bias)
+        member = Member(self.molora_A[adapter], None if router is None else router.score_rows, frozen)
+        _, [shrunk] = shrink(x, [member], split, self._drops(adapter, "input"))
+        h, routing, mask = self._gating(x, *shrunk, adapter)
+        y = expand_frozen(x, frozen, h, routing, self._layout(adapter).spread, mask, self.molora_B[adapter], split)
+        return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+    def _gating(
+        self, x: Tensor, h: Tensor, logits: Tensor | None, adapter: str
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """h with its dropout, the routing, and the mask of the rank rows, as `expand` takes them."""
+        masks, split, router = self.context.masks_for(self.name, x), self.context.split_at(x), self._router(adapter)
         if (drop := self._drops(adapter, "rank")) > 0:
             h = F.dropout(h, drop)
         if router is not None and logits is None:
             logits = _logits(router, x, split)
         routing = None if router is None or logits is None else _route(router, logits, masks, split)
-        rank_mask = None if masks is None or masks.rank is None else masks.rank
-        if rank_mask is not None and rank_mask.dim() > 1:
-            rank_mask = rank_mask.reshape(len(rank_mask), -1)
-
-        def add(y: Tensor) -> Tensor:
-            y = expand(y, h, routing, layout.spread, rank_mask, b, split, self._owns(y))
-            return y if routing is None else self._attach_losses(y, x, routing, adapter)
-
-        return read, add
+        mask = None if masks is None else masks.rank
+        if mask is not None and mask.dim() > 1:
+            mask = mask.reshape(len(mask), -1)
+        return h, routing, mask
 
     def _unseen(self) -> bool:
         """Whether nobody else sees what the frozen layer makes: its output and the gradient of its input.
