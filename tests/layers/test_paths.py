@@ -33,4 +33,4 @@ def test_asking_for_a_path() -> None:
     assert forced() is None
     with pytest.raises(GuilomoError, match=r"path = 'fast'.*fused, joined, packed, sorted"), using("fast"):
         pass
-    assert set(PATHS) == {"packed", "fused", "sorted"}
+    assert set(PATHS) == {"packed", "fused", "joined", "sorted"}

@@ -356,9 +356,7 @@ def _weight_gradients(
     return parts
 
 
-def _gated(
-    x: Tensor, h: Tensor, routing: Routing | None, spread: Tensor, mask: Tensor | None, b: Tensor
-) -> Tensor:
+def _gated(x: Tensor, h: Tensor, routing: Routing | None, spread: Tensor, mask: Tensor | None, b: Tensor) -> Tensor:
     """``gate * h`` in the dtype of the products, without gradients."""
     if routing is not None and routing.only_kept and mask is None and len(h) <= FEW_TOKENS:
         gate = _gate_of_kept(routing, spread)

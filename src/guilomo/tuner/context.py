@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from guilomo.layers.attach import LossScale
 from guilomo.layers.balance import RouterStatistics
 from guilomo.tuner.loss_scale import measure_loss_scale, token_share
+from guilomo.tuner.shared_input import SharedInputs
 
 
 @dataclass
@@ -48,6 +49,7 @@ class RoutingContext:
         attach_losses: False while a loss is wanted without the routers' auxiliary losses.
         collected: where auxiliary losses go instead of into the backward, for second derivatives; None: attached.
         total: adds up router statistics over processes before a router loss is made of them; None: each its own.
+        shared: the layers that read the same input.
     """
 
     real: Tensor | None = None
@@ -62,6 +64,7 @@ class RoutingContext:
     attach_losses: bool = True
     collected: list[Tensor] | None = None
     total: Callable[[RouterStatistics], RouterStatistics] | None = None
+    shared: SharedInputs = field(default_factory=SharedInputs)
 
     def split_at(self, x: Tensor) -> int | None:
         """Rows of the leading dimension of `x` that are training rows; None for an ordinary batch.
@@ -129,6 +132,7 @@ def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs:
     first = next((t for t in inputs.values() if isinstance(t, Tensor) and t.dim()), None)
     context.batch_size = first.shape[0] if first is not None else None
     context.pending.clear()
+    context.shared.forget()
     if first is not None and torch.is_grad_enabled():
         context.scale.reset(first.device)
     context.in_forward = True
@@ -137,6 +141,7 @@ def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs:
 def end_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Post-forward hook of the base model: lets the auxiliary losses follow what the trainer does to the loss."""
     context.in_forward = False
+    context.shared.forget()
     if not torch.is_grad_enabled():
         return output
     return measure_loss_scale(output, context.scale, token_share(module, _named_inputs(module, args, kwargs)))

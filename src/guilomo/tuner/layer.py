@@ -18,7 +18,7 @@ from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
 from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, computation_dtype, expand, expand_frozen, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
-from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
+from guilomo.layers.paths import forced, sorting_pays
 from guilomo.layers.routers import router_class
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routing import Router, Routing
@@ -27,6 +27,7 @@ from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
 from guilomo.tuner.router_loss import RouterLoss
+from guilomo.tuner.shared_input import Reading
 
 Addition = Callable[[Tensor], Tensor]
 """Adds a mixture to the output of the frozen layer."""
@@ -51,6 +52,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.in_features, self.out_features = shape
         self.context = context
+        context.shared.layers[name] = self
         self.molora_A = nn.ParameterDict()
         self.molora_B = nn.ParameterDict()
         self.molora_router = nn.ModuleDict()
@@ -87,7 +89,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         adapters = [adapter for adapter in self.active_adapters if adapter in self.molora_A]
-        if not (args or kwargs) and self._joins(x, adapters):
+        if len(adapters) == 1 and not (args or kwargs) and self._path(x, adapters[0]) == "joined":
             return self._joined(x, adapters[0])
         additions = []
         for adapter in adapters:
@@ -101,23 +103,43 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def _begin(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
         """The x that the frozen layer is to read, and what adds the mixture, router loss attached, to its output."""
-        if torch.compiler.is_compiling() or forced() == "packed":
+        path = self._path(x, adapter)
+        if path == "packed":
             return self._packed(x, adapter)
-        return self._sorted(x, adapter) if self._sorts(x, adapter) else self._fused(x, adapter)
+        return self._sorted(x, adapter) if path == "sorted" else self._fused(x, adapter)
 
-    def _sorts(self, x: Tensor, adapter: str) -> bool:
-        """Whether the sorted path can be taken, and is asked for or pays."""
-        tokens, asked = x.shape[:-1].numel(), forced()
-        if asked in ("fused", "joined") or (asked is None and tokens < SORTS_FROM):
-            return False
+    def _path(self, x: Tensor, adapter: str) -> str:
+        """How the mixture is to be computed: as asked for by `guilomo.layers.paths.using`, if it can be; else what
+        pays. A layer with several active adapters takes "fused" for "joined"."""
+        asked = forced()
+        if torch.compiler.is_compiling() or asked == "packed":
+            return "packed"
+        tokens = x.shape[:-1].numel()
+        if asked in ("sorted", None) and self._can_sort(adapter, tokens) and (asked or self._sorting_pays(x, adapter)):
+            return "sorted"
+        if asked in ("joined", None) and (asked or tokens >= MANY_TOKENS) and self._can_join(x, adapter):
+            return "joined"
+        return "fused"
+
+    def _can_sort(self, adapter: str, tokens: int) -> bool:
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
         dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
-        if not isinstance(router, LinearRouter) or router.dense or searching or dropping or not self._unseen():
+        return isinstance(router, LinearRouter) and not (router.dense or searching or dropping) and self._unseen()
+
+    def _sorting_pays(self, x: Tensor, adapter: str) -> bool:
+        a, router, tokens = self.molora_A[adapter], self._router(adapter), x.shape[:-1].numel()
+        assert isinstance(router, LinearRouter)
+        return sorting_pays(tokens, len(a), router.top_k, router.experts, computation_dtype(x, a), x.device)
+
+    def _can_join(self, x: Tensor, adapter: str) -> bool:
+        """Whether the frozen layer is nothing but ``x W^T + bias`` with an ordinary frozen weight of x's dtype."""
+        base = self.base_layer
+        if type(base) is not nn.Linear or "forward" in vars(base) or base._forward_pre_hooks or not self._unseen():
             return False
-        a = self.molora_A[adapter]
-        dtype = computation_dtype(x, a)
-        return asked == "sorted" or sorting_pays(tokens, len(a), router.top_k, router.experts, dtype, x.device)
+        plain = type(base.weight) is nn.Parameter and base.weight.dim() == 2 and base.weight.dtype == x.dtype
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        return plain and not trained and self.molora_A[adapter].dtype == x.dtype and not _autocasts(x)
 
     def _sorted(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
@@ -153,9 +175,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return x, add
 
     def _fused(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
-        split, router = self.context.split_at(x), self._router(adapter)
-        member = Member(self.molora_A[adapter], None if router is None else router.score_rows)
-        read, [shrunk] = shrink(x, [member], split, self._drops(adapter, "input"), self._unseen())
+        split = self.context.split_at(x)
+        read, shrunk, _ = self._reading(x, adapter, "fused")
         h, routing, mask = self._gating(x, *shrunk, adapter)
 
         def add(y: Tensor) -> Tensor:
@@ -165,33 +186,49 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
         return read, add
 
-    def _joins(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether our nodes can make the frozen product themselves, and are asked to or it pays."""
-        asked = forced()
-        if torch.compiler.is_compiling() or asked not in ("joined", None) or len(adapters) != 1:
-            return False
-        if not self._readable(x) or computation_dtype(x, self.molora_A[adapters[0]]) != x.dtype:
-            return False
-        return asked == "joined" or (x.shape[:-1].numel() >= MANY_TOKENS and not self._sorts(x, adapters[0]))
-
-    def _readable(self, x: Tensor) -> bool:
-        """Whether the frozen layer is nothing but ``x W^T + bias`` with an ordinary frozen weight of x's dtype."""
-        base = self.base_layer
-        if type(base) is not nn.Linear or "forward" in vars(base) or base._forward_pre_hooks or not self._unseen():
-            return False
-        plain = type(base.weight) is nn.Parameter and base.weight.dtype == x.dtype
-        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        return plain and not trained and not torch.is_autocast_enabled(x.device.type)
-
     def _joined(self, x: Tensor, adapter: str) -> Tensor:
-        base, router, split = self.base_layer, self._router(adapter), self.context.split_at(x)
-        assert isinstance(base, nn.Linear)
-        frozen = Frozen(base.weight, base.bias)
-        member = Member(self.molora_A[adapter], None if router is None else router.score_rows, frozen)
-        _, [shrunk] = shrink(x, [member], split, self._drops(adapter, "input"))
+        _, shrunk, frozen = self._reading(x, adapter, "joined")
+        assert frozen is not None
         h, routing, mask = self._gating(x, *shrunk, adapter)
-        y = expand_frozen(x, frozen, h, routing, self._layout(adapter).spread, mask, self.molora_B[adapter], split)
+        spread, b = self._layout(adapter).spread, self.molora_B[adapter]
+        y = expand_frozen(x, frozen, h, routing, spread, mask, b, self.context.split_at(x))
         return y if routing is None else self._attach_losses(y, x, routing, adapter)
+
+    def _reading(self, x: Tensor, adapter: str, path: str) -> Reading:
+        """The narrow products of x: what another layer that reads x made for this one, or made now, for all of them."""
+        shared = self.context.shared
+        found = shared.take(self, x)
+        if found is not None and (found.frozen is not None) == (path == "joined"):
+            return found
+        drop = self._drops(adapter, "input")
+        own = self.molora_A[adapter]
+        others = [] if drop else [other for other in shared.companions(self) if other._goes_along(x, own, path)]
+        members = [self._member(adapter, path), *(other._member(other.active_adapters[0], path) for other in others)]
+        in_place = all(layer._unseen() for layer in (self, *others))
+        read, shrunk = shrink(x, members, self.context.split_at(x), drop, in_place)
+        for other, member, products in zip(others, members[1:], shrunk[1:], strict=True):
+            shared.put_aside(other, x, Reading(read, products, member.frozen))
+        return Reading(read, shrunk[0], members[0].frozen)
+
+    def _member(self, adapter: str, path: str) -> Member:
+        router, base = self._router(adapter), self.base_layer
+        frozen = Frozen(base.weight, base.bias) if path == "joined" and isinstance(base, nn.Linear) else None
+        return Member(self.molora_A[adapter], None if router is None else router.score_rows, frozen)
+
+    def _goes_along(self, x: Tensor, a: Tensor, path: str) -> bool:
+        """Whether this layer, if called with `x`, would take `path` with weights that are at hand and fit those, `a`,
+        of the layer called now. Sharded or offloaded weights are at hand only while their own layer runs."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or self._forward_pre_hooks:
+            return False
+        adapter = self.active_adapters[0]
+        if adapter not in self.molora_A or self._drops(adapter, "input"):
+            return False
+        own = self.molora_A[adapter]
+        router = self._router(adapter)
+        rows = None if router is None else router.score_rows
+        fits = all(t.dtype == a.dtype and t.device == x.device for t in (own, rows) if t is not None)
+        present = type(own) is nn.Parameter and own.shape[1:] == x.shape[-1:]
+        return fits and present and self._path(x, adapter) == path
 
     def _gating(
         self, x: Tensor, h: Tensor, logits: Tensor | None, adapter: str
@@ -319,6 +356,10 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _route(router: Router, logits: Tensor, masks: SelectionMasks | None, split: int | None) -> Routing:
