@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all test-quantised test-floor quality bench bench-quick
+.PHONY: demo test test-all test-quantised test-kernels test-floor quality bench bench-quick
 
 demo: .venv/.demo
 	.venv/bin/guilomo run recipes/demo.yaml --resume
@@ -9,11 +9,15 @@ demo: .venv/.demo
 test: .venv/.dev
 	.venv/bin/python -m pytest -m "not slow and not gpu"
 
-test-all: .venv/.dev test-quantised
+test-all: .venv/.dev test-quantised test-kernels
 	.venv/bin/python -m pytest -m "not gpu"
 
 test-quantised: .venv/.dev
 	PYTHONPATH=.venv/quantised .venv/bin/python -m pytest tests/conformance/test_quantised_bases.py
+
+# The Triton kernels, interpreted on the CPU; on a machine with a GPU the default tests run them natively.
+test-kernels: .venv/.dev
+	TRITON_INTERPRET=1 PYTHONPATH=.venv/kernels .venv/bin/python -m pytest tests/layers/test_kernels.py
 
 # The oldest PEFT that works, with all else as in constraints.txt.
 test-floor: .venv-floor/.dev
@@ -42,6 +46,7 @@ quality: .venv/.dev
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps --upgrade --target .venv/quantised bitsandbytes torchao
+	$(PIP) --no-deps --upgrade --target .venv/kernels triton
 	touch $@ .venv/.demo
 
 .venv-floor/.dev: pyproject.toml constraints.txt

@@ -40,7 +40,7 @@ operations and bytes are counted, and depend neither on the clock nor on the loa
 | --- | --- |
 | frozen | the model without adapters, backward down to its input: the limit |
 | peft | plain LoRA through PEFT, its rank the sum of the experts' ranks |
-| ours | this library, the path chosen by itself; `ours:packed`, `ours:fused`, `ours:sorted`: held to one path |
+| ours | this library, the path chosen by itself; `ours:packed`, `ours:fused` and so on: held to one path |
 | ours+balance | the same with the balance loss of the default config; `ours` and all others have none |
 | sparse_loop | expert by expert: find its tokens, gather, two products, `index_add_`, as research code does |
 | dense_einsum | every expert computes every token; the weights sum a (tokens, experts, outputs) tensor |
@@ -250,7 +250,7 @@ def _choice(cells: Sequence[Results]) -> str:
                 f"{regret(timing)['median']:.2f}",
             ]
         )
-    columns = ["layer", "R", "sorted ÷ fused", "better", "own choice ÷ better"]
+    columns = ["layer", "R", "sorted ÷ joined", "better", "own choice ÷ better"]
     return _table("The layer's own choice of path", columns, rows)
 
 

@@ -15,8 +15,8 @@ from guilomo.errors import unknown
 from guilomo.layers.paths import PATHS, using
 from guilomo.tuner import LoraMoeConfig
 
-OURS = ("ours", *(f"ours:{path}" for path in PATHS))
-"""Our layer as it chooses by itself, and on every path."""
+OURS = ("ours", *(f"ours:{path}" for path in PATHS if path != "kernels" or torch.cuda.is_available()))
+"""Our layer as it chooses by itself, and on every path that can be taken here."""
 MIXTURES = (*OURS, *BASELINES)
 VARIANTS = ("frozen", "peft", *MIXTURES)
 ADAPTER = "default"

@@ -240,7 +240,7 @@ def test_verdicts() -> None:
 
 def test_a_wrong_choice_of_path_is_regretted() -> None:
     def cell(ours: float) -> dict[str, Any]:
-        timing = timing_of(**{"ours:fused": [1.0] * 3, "ours:sorted": [0.5] * 3, "ours": [ours] * 3})
+        timing = timing_of(**{"ours:joined": [1.0] * 3, "ours:sorted": [0.5] * 3, "ours": [ours] * 3})
         return {"name": f"choice/{ours}", "kind": "choice", "times": {"forward_backward": timing}}
 
     assert verdict(7, cell(0.5)) == "met"

@@ -31,6 +31,6 @@ def test_asking_for_a_path() -> None:
     with using("sorted"), using("packed"):
         assert forced() == "packed"
     assert forced() is None
-    with pytest.raises(GuilomoError, match=r"path = 'fast'.*fused, joined, packed, sorted"), using("fast"):
+    with pytest.raises(GuilomoError, match=r"path = 'fast'.*fused, joined, kernels, packed, sorted"), using("fast"):
         pass
-    assert set(PATHS) == {"packed", "fused", "joined", "sorted"}
+    assert set(PATHS) == {"packed", "fused", "joined", "sorted", "kernels"}

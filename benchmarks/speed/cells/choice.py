@@ -7,7 +7,7 @@ from benchmarks.speed.cells.layer import inputs
 from benchmarks.speed.shapes import LayerShape, LayerWeights
 from benchmarks.speed.variants import build_layer, forward_backward_of
 
-VARIANTS = ("ours", "ours:fused", "ours:sorted")
+VARIANTS = ("ours", "ours:joined", "ours:sorted")
 EXPERTS = (8,) * 8, (16,) * 8, (32,) * 8, (32,) * 16, (64,) * 16
 """R = 64, 128, 256, 512, 1024."""
 
@@ -20,7 +20,7 @@ def measure_choice(shape: LayerShape, setting: Setting) -> Result:
     weights = LayerWeights.random(shape, setting.seed, setting.device)
     x, dy = inputs(shape, setting)
     works = {v: forward_backward_of(build_layer(v, shape, weights), x, dy) for v in VARIANTS}
-    return {"options": shape.to_dict(), "times": {"forward_backward": setting.time(works, "ours:fused")}}
+    return {"options": shape.to_dict(), "times": {"forward_backward": setting.time(works, "ours:joined")}}
 
 
 GRID = [

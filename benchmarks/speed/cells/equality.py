@@ -15,6 +15,8 @@ def measure_equality(setting: Setting) -> Result:
     """The largest error of every variant over all quantities, for every choice of ranks."""
     found: dict[str, dict[str, float]] = {}
     for variant in MIXTURES:
+        if variant == "ours:kernels":  # half precision only: see tests/layers/test_kernels.py
+            continue
         for ranks, top_k in SIZES:
             shape = LayerShape(96, 80, 200, ranks, top_k, "fp64")
             if unsupported(variant, shape):

@@ -83,7 +83,12 @@ class Shrunk(NamedTuple):
 
 
 def shrink(
-    x: Tensor, members: Sequence[Member], training_rows: int | None = None, drop: float = 0.0, in_place: bool = False
+    x: Tensor,
+    members: Sequence[Member],
+    training_rows: int | None = None,
+    drop: float = 0.0,
+    in_place: bool = False,
+    made: Sequence[Shrunk] | None = None,
 ) -> tuple[Tensor, list[Shrunk]]:
     """``A x`` and the router's logits of the same x, for every member.
 
@@ -93,6 +98,7 @@ def shrink(
         training_rows: in a split batch, how many leading rows feed the weights.
         drop: probability with which an entry of x is dropped for A; the router sees all of x. For one member only.
         in_place: whether nobody else holds the gradient that the frozen linears find for x.
+        made: what a kernel has made of x already, without gradients; this gives it its backward.
 
     Returns:
         x for the frozen linears to read, and what each member wanted.
@@ -100,8 +106,8 @@ def shrink(
     dtype = computation_dtype(x, members[0].a)
     seed = None if drop == 0 else int(torch.randint(2**62, (), device="cpu"))
     if not torch.is_grad_enabled():
-        return x, _shrunk(x, members, dtype, _kept(x, dtype, drop, seed), widen=True)
-    options = _Options(training_rows, dtype, drop, seed, in_place, tuple(m.frozen for m in members))
+        return x, list(made or _shrunk(x, members, dtype, _kept(x, dtype, drop, seed), widen=True))
+    options = _Options(training_rows, dtype, drop, seed, in_place, tuple(m.frozen for m in members), made)
     weights = [m.frozen.weight if m.frozen is not None else None for m in members]
     both = [part for m in members for part in (m.a, m.score_rows)]
     read, *found = _Shrink.apply(x, options, *both, *weights)
@@ -154,7 +160,7 @@ def expand_frozen(
         weights = None if routing is None else routing.weights
         out: Tensor = _Expand.apply(x, h, weights, spread, mask, b, training_rows, False, frozen)
         return out
-    return frozen.product(x, _lifted(_gated(x, h, routing, spread, mask, b), b, frozen.bias))
+    return frozen.product(x, lifted(_gated(x, h, routing, spread, mask, b), b, frozen.bias))
 
 
 def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
@@ -197,6 +203,8 @@ def _shrunk(
     read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
     if not rows:
         h, logits = _product(read, _stacked(downs, dtype)), None
+    elif keep is None and _gives_float32(flat, rows, dtype):
+        h, logits = _unrounded(flat, _stacked(downs, dtype), _stacked(rows))
     elif widen and keep is None and _few(flat, [*downs, *rows], dtype):
         together = _product(flat.float(), torch.cat([*downs, *rows], out=flat.new_empty(0, dtype=torch.float32)))
         h, logits = together.split([sum(map(len, downs)), sum(map(len, rows))], dim=1)
@@ -235,6 +243,27 @@ def _few(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return half and len(x) <= FEW_TOKENS and x.device.type == "cpu"
 
 
+def _gives_float32(x: Tensor, rows: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether half-precision products can leave their float32 sums unrounded: on CUDA, in newer versions of torch."""
+    half = x.is_cuda and x.dtype == dtype in (torch.bfloat16, torch.float16)
+    known = all(r.dtype == rows[0].dtype and r.dtype in (dtype, torch.float32) for r in rows)
+    return half and known and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _unrounded(x: Tensor, a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """h in the dtype of x, and logits in float32, in one product of half-precision factors.
+
+    What half precision cuts off float32 router rows becomes rows of its own.
+    """
+    parts = [a, rows.to(x.dtype)]
+    if rows.dtype != x.dtype:
+        parts.append((rows - parts[1].to(rows.dtype)).to(x.dtype))
+    with without_autocast(x.device.type):
+        together = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
+    h, *logits = together.split([len(part) for part in parts], dim=1)
+    return h.to(x.dtype), logits[0] if len(logits) == 1 else logits[0] + logits[1]
+
+
 def _product(x: Tensor, w: Tensor) -> Tensor:
     with without_autocast(x.device.type):
         return F.linear(x, w)
@@ -257,6 +286,7 @@ class _Options:
     seed: int | None
     in_place: bool
     frozen: tuple[Frozen | None, ...]
+    made: Sequence[Shrunk] | None
 
     def handed_over(self) -> list[tuple[Tensor, Tensor]]:
         """``dy (T, O)`` and weight of every frozen product that the backward now running came through."""
@@ -273,9 +303,10 @@ class _Shrink(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *tensors)
         ctx.options = options
-        members = _members(tensors, len(options.frozen))
-        keep = _kept(x, options.dtype, options.drop, options.seed)
-        shrunk = _shrunk(x, members, options.dtype, keep)
+        shrunk, options.made = options.made, None
+        if shrunk is None:
+            keep = _kept(x, options.dtype, options.drop, options.seed)
+            shrunk = _shrunk(x, _members(tensors, len(options.frozen)), options.dtype, keep)
         return x.view_as(x), *(part for pair in shrunk for part in pair)
 
     @staticmethod
@@ -411,7 +442,7 @@ def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
         return torch.addmm(_flat(y), gated, narrow.t()).view(y.shape)
 
 
-def _lifted(gated: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def lifted(gated: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``B gated + bias``, ``(T, O)``."""
     narrow = b.to(gated.dtype)
     with without_autocast(gated.device.type):
@@ -439,7 +470,7 @@ class _Expand(torch.autograd.Function):
         ctx.frozen = frozen
         gated = h * _gate(h, weights, spread, mask).to(h.dtype)
         if frozen is not None:
-            return frozen.product(y, _lifted(gated, b, frozen.bias))
+            return frozen.product(y, lifted(gated, b, frozen.bias))
         if in_place:
             ctx.mark_dirty(y)
         return _expanded(y, gated, b, in_place)

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused path on GPUs: each reads the one large tensor of its half of the layer once.
+"""Triton kernels of the joined path on GPUs: each reads the one large tensor of its half of the layer once.
 
     shrink_route    x  ->  h = A x, logits = W x, the K largest, their softmax, gate * h
     expand_back     dy ->  dy B, and from it the gradients of h, of the gate and of the logits
@@ -21,8 +21,8 @@ from torch import Tensor
 
 LEAST = 16
 """Smallest side of a matrix product in Triton."""
-TILE = 64
-"""Tokens of one program."""
+TILES = {6144: 64, 3072: 32, 0: 16}
+"""Tokens of one program, by the least number of tokens: enough programs to fill a GPU (tried on one H200)."""
 STEP = 128
 """Features read at once."""
 
@@ -42,18 +42,19 @@ def shrink_route(x: Tensor, a: Tensor, rows: Tensor, spread: Tensor, top_k: int)
 
     Args:
         x: ``(T, I)`` contiguous.
-        a: ``(R, I)``; rows: ``(E, I)`` of the router; both in the dtype of x.
+        a: ``(R, I)`` in the dtype of x; rows: ``(E, I)`` of the router, in that dtype or float32.
         spread: ``(E, R)`` float32, see `guilomo.layers.packed.ExpertLayout`.
         top_k: K; the softmax runs over the K kept logits, ties go to the lowest index.
     """
     (tokens, features), ranks, experts = x.shape, len(a), len(rows)
-    wide = {"dtype": torch.float32, "device": x.device}
     h, gated = x.new_empty(tokens, ranks), x.new_empty(tokens, ranks)
-    logits, weights = torch.empty(tokens, experts, **wide), torch.empty(tokens, experts, **wide)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    weights = torch.empty_like(logits)
     kept = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-    _shrink_route[_programs(tokens)](
+    tile = _tile(tokens)
+    _shrink_route[(triton.cdiv(tokens, tile),)](
         x, a, rows, spread, h, gated, logits, weights, kept, tokens, features, ranks, experts, top_k,
-        *_padded(ranks, experts), TILE, STEP, num_warps=4, num_stages=4,
+        *_padded(ranks, experts), tile, STEP, num_warps=4, num_stages=4,
     )  # fmt: skip
     return ShrunkAndRouted(h, gated, logits, weights, kept)
 
@@ -71,19 +72,20 @@ def expand_back(dy: Tensor, b: Tensor, h: Tensor, weights: Tensor, spread: Tenso
     (tokens, outputs), ranks, experts = dy.shape, h.shape[1], weights.shape[1]
     gated, d_h = torch.empty_like(h), torch.empty_like(h)
     d_logits = torch.empty_like(weights)
-    _expand_back[_programs(tokens)](
+    tile = _tile(tokens)
+    _expand_back[(triton.cdiv(tokens, tile),)](
         dy, b, h, weights, spread, gated, d_h, d_logits, tokens, outputs, ranks, experts,
-        *_padded(ranks, experts), TILE, STEP, num_warps=4, num_stages=4,
+        *_padded(ranks, experts), tile, STEP, num_warps=4, num_stages=4,
     )  # fmt: skip
     return gated, d_h, d_logits
 
 
-def _programs(tokens: int) -> tuple[int]:
-    return (triton.cdiv(tokens, TILE),)
+def _tile(tokens: int) -> int:
+    return next(tile for least, tile in TILES.items() if tokens >= least)
 
 
 def _padded(ranks: int, experts: int) -> tuple[int, int]:
-    return tuple(max(LEAST, triton.next_power_of_2(n)) for n in (ranks, experts))  # type: ignore[return-value]
+    return max(LEAST, triton.next_power_of_2(ranks)), max(LEAST, triton.next_power_of_2(experts))
 
 
 @triton.jit
@@ -105,7 +107,12 @@ def _shrink_route(
         a = tl.load(a_ptr + r[None, :] * features + c[:, None], mask=rank[None, :] & inside[:, None], other=0.0)
         w = tl.load(w_ptr + e[None, :] * features + c[:, None], mask=expert[None, :] & inside[:, None], other=0.0)
         h = tl.dot(x, a, h, input_precision="ieee")
-        u = tl.dot(x, w, u, input_precision="ieee")
+        if w.dtype == x.dtype:
+            u = tl.dot(x, w, u, input_precision="ieee")
+        else:  # a float32 router: what half precision cuts off is added by a second product
+            high = w.to(x.dtype)
+            u = tl.dot(x, high, u, input_precision="ieee")
+            u = tl.dot(x, (w - high.to(w.dtype)).to(x.dtype), u, input_precision="ieee")
     logits_at = t[:, None] * experts + e[None, :]
     cell = here[:, None] & expert[None, :]
     tl.store(logits_ptr + logits_at, u, mask=cell)

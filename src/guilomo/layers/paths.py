@@ -3,6 +3,7 @@
 packed   plain torch operations: under `torch.compile`, and where second derivatives are taken
 fused    two hand-written autograd nodes around the frozen linear (`guilomo.layers.fused`)
 joined   the same with the frozen product in the nodes, where they may read the frozen weight
+kernels  the same with the routing inside Triton kernels, on GPUs (`guilomo.layers.routed`)
 sorted   tokens sorted by expert, one product per expert (`guilomo.layers.sorted`): pays at many rank rows
 """
 
@@ -16,7 +17,9 @@ import torch
 
 from guilomo.errors import unknown
 
-PATHS = ("packed", "fused", "joined", "sorted")
+PATHS = ("packed", "fused", "joined", "sorted", "kernels")
+JOINED = ("joined", "kernels")
+"""The paths whose nodes make the frozen product themselves."""
 
 SORTS_FROM = 128
 """Fewer tokens are never sorted unasked."""

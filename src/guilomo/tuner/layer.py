@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
 from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, computation_dtype, expand, expand_frozen, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
-from guilomo.layers.paths import forced, sorting_pays
+from guilomo.layers.paths import JOINED, forced, sorting_pays
+from guilomo.layers.routed import expand_routed, kernels_serve, route_in_kernel
 from guilomo.layers.routers import router_class
 from guilomo.layers.routers.linear import LinearRouter
+from guilomo.layers.routers.topk import TopKRouter
 from guilomo.layers.routing import Router, Routing
 from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
 from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
 from guilomo.tuner.router_loss import RouterLoss
-from guilomo.tuner.shared_input import Reading
+from guilomo.tuner.shared_input import Part, Reading
 
 Addition = Callable[[Tensor], Tensor]
 """Adds a mixture to the output of the frozen layer."""
@@ -89,7 +92,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         adapters = [adapter for adapter in self.active_adapters if adapter in self.molora_A]
-        if len(adapters) == 1 and not (args or kwargs) and self._path(x, adapters[0]) == "joined":
+        if len(adapters) == 1 and not (args or kwargs) and self._path(x, adapters[0]) in JOINED:
             return self._joined(x, adapters[0])
         additions = []
         for adapter in adapters:
@@ -109,15 +112,16 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return self._sorted(x, adapter) if path == "sorted" else self._fused(x, adapter)
 
     def _path(self, x: Tensor, adapter: str) -> str:
-        """How the mixture is to be computed: as asked for by `guilomo.layers.paths.using`, if it can be; else what
-        pays. A layer with several active adapters takes "fused" for "joined"."""
+        """How the mixture is to be computed: as `guilomo.layers.paths.using` asks, if it can be; else what pays."""
         asked = forced()
         if torch.compiler.is_compiling() or asked == "packed":
             return "packed"
         tokens = x.shape[:-1].numel()
+        if asked in ("kernels", None) and self._can_route_in_kernel(x, adapter) and self._can_join(x, adapter):
+            return "kernels"
         if asked in ("sorted", None) and self._can_sort(adapter, tokens) and (asked or self._sorting_pays(x, adapter)):
             return "sorted"
-        if asked in ("joined", None) and (asked or tokens >= MANY_TOKENS) and self._can_join(x, adapter):
+        if asked in (*JOINED, None) and (asked or tokens >= MANY_TOKENS) and self._can_join(x, adapter):
             return "joined"
         return "fused"
 
@@ -126,6 +130,17 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
         dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
         return isinstance(router, LinearRouter) and not (router.dense or searching or dropping) and self._unseen()
+
+    def _can_route_in_kernel(self, x: Tensor, adapter: str) -> bool:
+        router, context = self._router(adapter), self.context
+        if type(router) is not TopKRouter:
+            return False
+        if not kernels_serve(x, len(self.molora_A[adapter]), router.experts, router.top_k):
+            return False
+        searching = self.name in context.masks or context.training_rows is not None or context.collected is not None
+        dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
+        # The kernel gives routing weights no gradient of their own.
+        return not (searching or dropping or self.molora_loss[adapter].reads & {"weight", "entropy"})
 
     def _sorting_pays(self, x: Tensor, adapter: str) -> bool:
         a, router, tokens = self.molora_A[adapter], self._router(adapter), x.shape[:-1].numel()
@@ -139,7 +154,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             return False
         plain = type(base.weight) is nn.Parameter and base.weight.dim() == 2 and base.weight.dtype == x.dtype
         trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        return plain and not trained and self.molora_A[adapter].dtype == x.dtype and not _autocasts(x)
+        return plain and not trained and computation_dtype(x, self.molora_A[adapter]) == x.dtype
 
     def _sorted(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
         a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
@@ -176,7 +191,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def _fused(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
         split = self.context.split_at(x)
-        read, shrunk, _ = self._reading(x, adapter, "fused")
+        read, shrunk, *_ = self._reading(x, adapter, "fused")
         h, routing, mask = self._gating(x, *shrunk, adapter)
 
         def add(y: Tensor) -> Tensor:
@@ -187,33 +202,44 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return read, add
 
     def _joined(self, x: Tensor, adapter: str) -> Tensor:
-        _, shrunk, frozen = self._reading(x, adapter, "joined")
+        _, shrunk, frozen, made = self._reading(x, adapter, self._path(x, adapter))
         assert frozen is not None
-        h, routing, mask = self._gating(x, *shrunk, adapter)
         spread, b = self._layout(adapter).spread, self.molora_B[adapter]
-        y = expand_frozen(x, frozen, h, routing, spread, mask, b, self.context.split_at(x))
+        routing: Routing | None
+        if made is not None and shrunk.logits is not None:
+            routing = replace(made.routing, logits=shrunk.logits)
+            y = expand_routed(x, frozen, shrunk, made, spread, b)
+        else:
+            h, routing, mask = self._gating(x, *shrunk, adapter)
+            y = expand_frozen(x, frozen, h, routing, spread, mask, b, self.context.split_at(x))
         return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
     def _reading(self, x: Tensor, adapter: str, path: str) -> Reading:
         """The narrow products of x: what another layer that reads x made for this one, or made now, for all of them."""
         shared = self.context.shared
-        found = shared.take(self, x)
-        if found is not None and (found.frozen is not None) == (path == "joined"):
+        if (found := shared.take(self, x, path)) is not None:
             return found
         drop = self._drops(adapter, "input")
         own = self.molora_A[adapter]
         others = [] if drop else [other for other in shared.companions(self) if other._goes_along(x, own, path)]
-        members = [self._member(adapter, path), *(other._member(other.active_adapters[0], path) for other in others)]
+        parts = [self._part(x, adapter, path), *(other._part(x, other.active_adapters[0], path) for other in others)]
         in_place = all(layer._unseen() for layer in (self, *others))
-        read, shrunk = shrink(x, members, self.context.split_at(x), drop, in_place)
-        for other, member, products in zip(others, members[1:], shrunk[1:], strict=True):
-            shared.put_aside(other, x, Reading(read, products, member.frozen))
-        return Reading(read, shrunk[0], members[0].frozen)
+        made = [part.made.shrunk for part in parts if part.made is not None]
+        members = [part.member for part in parts]
+        read, shrunk = shrink(x, members, self.context.split_at(x), drop, in_place, made or None)
+        readings = [Reading(read, s, p.member.frozen, p.made) for s, p in zip(shrunk, parts, strict=True)]
+        for other, reading in zip(others, readings[1:], strict=True):
+            shared.put_aside(other, x, path, reading)
+        return readings[0]
 
-    def _member(self, adapter: str, path: str) -> Member:
+    def _part(self, x: Tensor, adapter: str, path: str) -> Part:
+        """What this layer wants of x, and what its kernel makes of it."""
         router, base = self._router(adapter), self.base_layer
-        frozen = Frozen(base.weight, base.bias) if path == "joined" and isinstance(base, nn.Linear) else None
-        return Member(self.molora_A[adapter], None if router is None else router.score_rows, frozen)
+        frozen = Frozen(base.weight, base.bias) if path in JOINED and isinstance(base, nn.Linear) else None
+        member = Member(self.molora_A[adapter], None if router is None else router.score_rows, frozen)
+        if path != "kernels" or not isinstance(router, TopKRouter):
+            return Part(member, None)
+        return Part(member, route_in_kernel(x, member, self._layout(adapter).spread, router.top_k))
 
     def _goes_along(self, x: Tensor, a: Tensor, path: str) -> bool:
         """Whether this layer, if called with `x`, would take `path` with weights that are at hand and fit those, `a`,
@@ -356,10 +382,6 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
-
-
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _route(router: Router, logits: Tensor, masks: SelectionMasks | None, split: int | None) -> Routing:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from guilomo.layers.fused import Frozen, Shrunk
+from guilomo.layers.fused import Frozen, Member, Shrunk
+from guilomo.layers.routed import Made
 
 if TYPE_CHECKING:
     from guilomo.tuner.layer import LoraMoeLayer
@@ -36,12 +37,27 @@ APART = ("cross", "encdec", "encoder_attn")
 """Where one of these is in the parent's name, keys and values read another model part than queries do."""
 
 
+class Part(NamedTuple):
+    """One layer's part in the products of x, and what its kernel has made already."""
+
+    member: Member
+    made: Made | None
+
+
 class Reading(NamedTuple):
-    """What a layer needs of its x: the x that its frozen layer is to read, its products, and its frozen product."""
+    """What a layer needs of its x: the x that its frozen layer is to read, its products, the frozen product if our
+    nodes make it, and what a kernel made."""
 
     read: Tensor
     shrunk: Shrunk
     frozen: Frozen | None
+    made: Made | None
+
+
+class _Aside(NamedTuple):
+    seen: _Seen
+    path: str
+    reading: Reading
 
 
 @dataclass
@@ -49,7 +65,7 @@ class SharedInputs:
     """The layers of one model by name, and what is put aside in the forward pass now running."""
 
     layers: dict[str, LoraMoeLayer] = field(default_factory=dict)
-    _aside: dict[str, tuple[_Seen, Reading]] = field(default_factory=dict)
+    _aside: dict[str, _Aside] = field(default_factory=dict)
 
     def companions(self, layer: LoraMoeLayer) -> list[LoraMoeLayer]:
         """The other layers that are likely to be called with the same x."""
@@ -60,13 +76,13 @@ class SharedInputs:
         names = [f"{parent}.{name}" if parent else name for name in group if name != own]
         return [self.layers[name] for name in names if name in self.layers]
 
-    def put_aside(self, layer: LoraMoeLayer, x: Tensor, reading: Reading) -> None:
-        self._aside[layer.name] = _Seen(x), reading
+    def put_aside(self, layer: LoraMoeLayer, x: Tensor, path: str, reading: Reading) -> None:
+        self._aside[layer.name] = _Aside(_Seen(x), path, reading)
 
-    def take(self, layer: LoraMoeLayer, x: Tensor) -> Reading | None:
-        """What was put aside for this call, or None."""
+    def take(self, layer: LoraMoeLayer, x: Tensor, path: str) -> Reading | None:
+        """What was put aside for this call of the layer on this path, or None."""
         found = self._aside.pop(layer.name, None)
-        return found[1] if found is not None and found[0].is_still(x) else None
+        return found.reading if found is not None and found.path == path and found.seen.is_still(x) else None
 
     def forget(self) -> None:
         """Lets go of what was put aside and not fetched."""
