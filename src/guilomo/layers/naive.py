@@ -20,8 +20,8 @@ def naive_topk_weights(logits: Tensor, top_k: int) -> Tensor:
         probabilities = torch.exp(token - token.max()) / torch.exp(token - token.max()).sum()
         ranked = sorted(range(experts), key=lambda e: (-float(token[e].detach()), e))
         kept = ranked[:top_k]
-        total = probabilities[kept].sum() if top_k > 1 else torch.ones((), dtype=logits.dtype)
-        zero = torch.zeros((), dtype=logits.dtype)
+        total = probabilities[kept].sum() if top_k > 1 else logits.new_ones(())
+        zero = logits.new_zeros(())
         rows.append(torch.stack([probabilities[e] / total if e in kept else zero for e in range(experts)]))
     return torch.stack(rows) if rows else logits.new_zeros(0, experts)
 
