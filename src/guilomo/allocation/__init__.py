@@ -12,6 +12,7 @@ from guilomo.allocation.plan import SCALINGS, Allocation, ModuleChange, ModulePl
 from guilomo.allocation.preference import Preference
 from guilomo.allocation.registry import STRATEGIES, make, strategy_options
 from guilomo.allocation.rules import rules
+from guilomo.allocation.shared import with_shared_a
 from guilomo.allocation.spectral import alphalora, alphalora_counts, hill_alpha
 from guilomo.allocation.uniform import lora, uniform
 
@@ -47,4 +48,5 @@ __all__ = [
     "site",
     "strategy_options",
     "uniform",
+    "with_shared_a",
 ]

@@ -21,8 +21,8 @@ def no_router(experts: int, in_features: int) -> int:
 
 
 def expert_parameters(plan: ModulePlan) -> int:
-    """R*(I+O): the packed A (R, I) and B (O, R)."""
-    return plan.rank * (plan.in_features + plan.out_features)
+    """R*I + R*O: the packed A (R, I) and B (O, R); with a shared A (r, I) it is r*I + R*O."""
+    return plan.rows_of_a * plan.in_features + plan.rank * plan.out_features
 
 
 def router_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
@@ -31,23 +31,24 @@ def router_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> i
 
 
 def module_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
-    """Trainable parameters of one module: R*(I+O) + router (MoLA section 3; the formula of most LoRA-MoEs)."""
+    """Trainable parameters of one module: A, B and the router (MoLA section 3; the formula of most LoRA-MoEs)."""
     return expert_parameters(plan) + router_parameters(plan, router)
 
 
 def module_active_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> float:
-    """Parameters one token uses: K/E of the expert parameters, plus the router.
+    """Parameters one token uses: K/E of the expert parameters, all of a shared A, and the router.
 
     With mixed ranks this is the mean over experts, that is the expectation under uniform routing.
     """
     share = plan.top_k / plan.experts if plan.adapted else 0.0
-    return share * expert_parameters(plan) + router_parameters(plan, router)
+    common = plan.rows_of_a * plan.in_features if plan.shared_a else 0
+    return common + share * (expert_parameters(plan) - common) + router_parameters(plan, router)
 
 
 def module_flops(plan: ModulePlan, router: RouterCost = linear_router) -> int:
     """Forward FLOPs per token of packed evaluation, which computes all R rows whatever the routing chose.
 
-    2 per multiply-add over A (R, I), B (O, R) and the router, taken to use each of its parameters once. The R
+    2 per multiply-add over A, B and the router, taken to use each of its parameters once. The R
     products with the gate and the softmax over E are left out: both are thousands of times smaller.
     """
     return 2 * module_parameters(plan, router)

@@ -25,15 +25,18 @@ class ModulePlan:
         out_features: O.
         ranks: rank of each expert, its length is E; empty means that the module is not adapted.
         top_k: K, how many experts a token uses.
+        shared_a: all experts read one A of r rows (HydraLoRA, arXiv 2404.19245; MoSLD, arXiv 2412.08946).
 
     Raises:
-        GuilomoError: a size, a rank or top_k is not a positive integer, or top_k exceeds the expert count.
+        GuilomoError: a size, a rank or top_k is not a positive integer, top_k exceeds the expert count, or experts of
+            different ranks would share one A.
     """
 
     in_features: int
     out_features: int
     ranks: tuple[int, ...] = ()
     top_k: int = 2
+    shared_a: bool = False
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "top_k"):
@@ -44,6 +47,9 @@ class ModulePlan:
         if self.adapted and self.top_k > self.experts:
             remedy = "Lower top_k or give the module more experts."
             raise invalid("top_k", self.top_k, f"at most the expert count, {self.experts}", remedy)
+        if self.shared_a and len(set(self.ranks)) > 1:
+            remedy = "Give all experts of the module one rank, or set shared_a=False."
+            raise invalid("ranks", self.ranks, "equal ranks where the experts share one A", remedy)
 
     @property
     def experts(self) -> int:
@@ -56,9 +62,19 @@ class ModulePlan:
         return sum(self.ranks)
 
     @property
+    def rows_of_a(self) -> int:
+        """Rows of A: R, or the one rank r that all experts have where they share it."""
+        return self.ranks[0] if self.shared_a and self.ranks else self.rank
+
+    @property
     def adapted(self) -> bool:
         """Whether the module has any expert."""
         return bool(self.ranks)
+
+    @property
+    def structured(self) -> bool:
+        """Whether it is anything else than a plain mixture, each of whose experts has an A and a B of its own."""
+        return self.shared_a
 
     @property
     def shape(self) -> ModuleShape:
@@ -82,13 +98,13 @@ def _remedy(field: str) -> str:
     return "Leave ranks empty to leave the module unadapted." if field == "rank" else ""
 
 
-def plan_module(name: str, shape: tuple[int, int], ranks: tuple[int, ...], top_k: int) -> ModulePlan:
-    """A ModulePlan whose errors also name the module.
+def plan_module(name: str, shape: tuple[int, int], ranks: tuple[int, ...], top_k: int, **structure: Any) -> ModulePlan:
+    """A ModulePlan whose errors also name the module; `structure` are its other fields.
 
     Raises:
         GuilomoError: as ModulePlan, prefixed with the module's name.
     """
     try:
-        return ModulePlan(shape[0], shape[1], ranks, top_k)
+        return ModulePlan(shape[0], shape[1], ranks, top_k, **structure)
     except GuilomoError as error:
         raise GuilomoError(f"module {name!r}: {error}") from None

@@ -85,7 +85,7 @@ def _stacked_modules(model: PeftModel, gates: Mapping[str, Tensor]) -> dict[str,
     adapter, plan = model.active_adapter, mixture_config(model).plan
     assert plan is not None, "an attached adapter has its plan"
     return {
-        n: stacked(layer.molora_A[adapter], layer.molora_B[adapter], plan[n].ranks, plan.scales(n), gates[n])
+        n: stacked(layer.packed_a(adapter), layer.molora_B[adapter], plan[n].ranks, plan.scales(n), gates[n])
         for n, layer in mixture_layers(model).items()
     }
 

@@ -58,6 +58,16 @@ class LoraMoeConfig(PeftConfig):
             "'rank', their rank activations, which costs next to nothing."
         },
     )
+    shared_a: bool = field(
+        default=False,
+        metadata={
+            "help": "All experts of a module read one A of r rows (HydraLoRA, MoSLD); they must have equal ranks."
+        },
+    )
+    drop_connect: float = field(
+        default=0.0,
+        metadata={"help": "Chance to drop an entry of the shared A in training, one draw per forward (MoSLD: 0.1)."},
+    )
     router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
     router_weights: list[float] | None = field(
         default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
@@ -131,6 +141,10 @@ class LoraMoeConfig(PeftConfig):
             )
         if not 0 <= self.lora_dropout < 1:
             raise invalid("lora_dropout", self.lora_dropout, "a probability in [0, 1)")
+        if not 0 <= self.drop_connect < 1:
+            raise invalid("drop_connect", self.drop_connect, "a probability in [0, 1)")
+        if self.drop_connect and not self.shared_a:
+            raise invalid("drop_connect", self.drop_connect, "0 unless shared_a=True", "Set shared_a=True.")
         if self.bias != "none":
             raise invalid("bias", self.bias, "'none'", "Name the modules whose biases to train in modules_to_save.")
         for name in ("balance_coefficient", "z_loss_coefficient"):

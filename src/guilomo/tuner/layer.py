@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from guilomo.allocation.plan import Allocation, ModuleShape
+from guilomo.allocation.plan import Allocation, ModulePlan, ModuleShape
 from guilomo.errors import GuilomoError
 from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
@@ -22,8 +22,9 @@ from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
 from guilomo.layers.routers import router_class
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routing import Router, Routing
+from guilomo.layers.shared import stacked_identities
 from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
-from guilomo.layers.split import shift_by_held_out_rows
+from guilomo.layers.split import linear_of_training_rows, shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
 from guilomo.tuner.router_loss import RouterLoss
@@ -35,15 +36,16 @@ Addition = Callable[[Tensor], Tensor]
 class LoraMoeLayer(nn.Module, BaseTunerLayer):
     """``y = W0 x + B (s * gate * A x)`` for every active adapter.
 
-    Parameters, keyed by adapter name: ``molora_A (R, I)``, ``molora_B (O, R)``, ``molora_router`` (absent for a single
-    expert, whose gate is 1). ``molora_layout`` holds the ranks, saved with the weights.
+    Parameters, keyed by adapter name: ``molora_A (R, I)``, or ``(r, I)`` where all experts of rank r read one A;
+    ``molora_B (O, R)``; ``molora_router`` (absent for a single expert, whose gate is 1). ``molora_layout`` holds the
+    ranks, saved with the weights.
 
     The base layer is any module with ``in_features`` and ``out_features`` (`nn.Linear`, transformers' `Conv1D`,
     quantised linears); it is only ever called, never read.
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "fixed_gates")
+    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "molora_plan", "fixed_gates")
 
     def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_loss: dict[str, RouterLoss] = {}
+        self.molora_plan: dict[str, ModulePlan] = {}
         self.fixed_gates: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -64,7 +67,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, plan: Allocation, config: LoraMoeConfig, loss: RouterLoss) -> None:
         """Adds or replaces the experts of one adapter, as `plan` says for this module."""
         module = plan[self.name]
-        a = nn.Parameter(torch.empty(module.rank, self.in_features))
+        a = nn.Parameter(torch.empty(module.rows_of_a, self.in_features))
         b = nn.Parameter(torch.zeros(self.out_features, module.rank))
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if not config.init_lora_weights:
@@ -72,8 +75,10 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_A[adapter] = a
         self.molora_B[adapter] = b
         self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
-        self.molora_dropout[adapter] = nn.ModuleDict({config.dropout_on: nn.Dropout(config.lora_dropout)})
+        dropout = {config.dropout_on: nn.Dropout(config.lora_dropout), "shared_a": nn.Dropout(config.drop_connect)}
+        self.molora_dropout[adapter] = nn.ModuleDict(dropout)
         self.molora_loss[adapter] = loss
+        self.molora_plan[adapter] = module
         if module.experts > 1:
             options = {"weights": config.router_weights} if config.router == "fixed" else {}
             router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)
@@ -106,7 +111,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def _sorts(self, x: Tensor, adapter: str) -> bool:
         """Whether the sorted path can be taken, and is asked for or pays."""
         tokens, asked = x.shape[:-1].numel(), forced()
-        if asked == "fused" or (asked is None and tokens < SORTS_FROM):
+        if asked == "fused" or (asked is None and tokens < SORTS_FROM) or self.molora_plan[adapter].shared_a:
             return False
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
@@ -134,7 +139,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return read, add
 
     def _packed(self, x: Tensor, adapter: str) -> tuple[Tensor, Addition]:
-        a, b, layout = self.molora_A[adapter], self.molora_B[adapter], self._layout(adapter)
+        a, b, layout = self._down(adapter), self.molora_B[adapter], self._layout(adapter)
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         wide = self._cast_input_dtype(x, a.dtype)
         router = self._router(adapter)
@@ -143,9 +148,11 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         rank_mask = None if masks is None else masks.rank
 
         def add(y: Tensor) -> Tensor:
-            dropped = F.dropout(wide, self._drops(adapter, "input"))
+            read, rows = F.dropout(wide, self._drops(adapter, "input")), a
+            if self.molora_plan[adapter].shared_a:
+                read, rows = linear_of_training_rows(read, a, split), stacked_identities(layout.experts, a)
             drop = self._drops(adapter, "rank")
-            y = y + packed_delta(dropped, a, b, weights, layout.spread, rank_mask, split, drop)
+            y = y + packed_delta(read, rows, b, weights, layout.spread, rank_mask, split, drop)
             return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
         return x, add
@@ -155,7 +162,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         router = self._router(adapter)
         rows = None if router is None else router.score_rows
-        read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"), self._unseen())
+        read, h, logits = shrink(x, self._down(adapter), rows, split, self._drops(adapter, "input"), self._unseen())
+        if self.molora_plan[adapter].shared_a:
+            h = h.repeat(1, layout.experts)
         if (drop := self._drops(adapter, "rank")) > 0:
             h = F.dropout(h, drop)
         if router is not None and logits is None:
@@ -205,6 +214,17 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         assert isinstance(dropout, nn.ModuleDict)
         return dropout[what].p if what in dropout else 0.0  # type: ignore[return-value]
 
+    def _down(self, adapter: str) -> Tensor:
+        """A; in training, where the config asks for it, the one sample of it that this pass uses (DropConnect)."""
+        a: Tensor = self.molora_A[adapter]
+        drop = self._drops(adapter, "shared_a")
+        return F.dropout(a, drop) if drop > 0 else a
+
+    def packed_a(self, adapter: str) -> Tensor:
+        """``(R, I)``: A with the rows of every expert, where they are shared too."""
+        a: Tensor = self.molora_A[adapter]
+        return a.repeat(self._layout(adapter).experts, 1) if self.molora_plan[adapter].shared_a else a
+
     def _attach_losses(self, y: Tensor, x: Tensor, routing: Routing, adapter: str) -> Tensor:
         loss = self.molora_loss[adapter]
         needed = loss.active and self.training and self.context.attach_losses and torch.is_grad_enabled()
@@ -231,7 +251,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         gates = self.fixed_gates[adapter] if adapter in self.fixed_gates else self.constant_gates(adapter)
         layout = self.molora_layout[adapter]
         assert isinstance(layout, ExpertLayout)
-        a, b = self.molora_A[adapter], self.molora_B[adapter]
+        a, b = self.packed_a(adapter), self.molora_B[adapter]
         delta: Tensor = (b * (gates.to(b) @ layout.spread.to(b.dtype))) @ a
         return delta
 

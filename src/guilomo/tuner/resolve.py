@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from guilomo.allocation import Allocation, ModulePlan, ModuleShape, layers_of
+from guilomo.allocation.modules import plan_module
 from guilomo.errors import GuilomoError, invalid
 from guilomo.layers.routers import router_class
 from guilomo.tuner.config import LoraMoeConfig
@@ -30,6 +31,7 @@ def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
         shapes = adaptable_modules(model)
         _refuse_unknown(plan, shapes)
         plan.check_against({name: shape for name, shape in shapes.items() if name in plan.modules})
+        _refuse_other_structure(plan, config)
     if not plan.adapted():
         raise GuilomoError(
             "The allocation gives no experts to any module, so there is nothing to train. "
@@ -55,6 +57,14 @@ def _refuse_unknown(plan: Allocation, shapes: dict[str, ModuleShape]) -> None:
             raise invalid("allocation module", name, f"one of the model's {len(shapes)} linear layers", remedy)
 
 
+def _refuse_other_structure(plan: Allocation, config: LoraMoeConfig) -> None:
+    """What the config asks for beside a plan must be what the plan says, for the plan has the last word."""
+    for name, module in plan.adapted().items():
+        if config.shared_a and module.experts > 1 and not module.shared_a:
+            remedy = "Give it guilomo.allocation.with_shared_a(plan), or leave shared_a out."
+            raise invalid("shared_a", True, f"False, for the allocation gives {name!r} an A for every expert", remedy)
+
+
 def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> Allocation:
     """``num_experts`` experts of rank ``r`` everywhere, changed by ``rank_pattern``."""
     _refuse_unmatched(config.rank_pattern, shapes)
@@ -66,7 +76,7 @@ def _module_plan(name: str, shape: ModuleShape, config: LoraMoeConfig) -> Module
     asked = next((v for p, v in config.rank_pattern.items() if _matches(p, name)), config.r)
     ranks = tuple(_ranks(name, asked, config.num_experts))
     top_k = min(config.top_k, len(ranks)) if ranks else config.top_k
-    return ModulePlan(*shape, ranks=ranks, top_k=top_k)
+    return plan_module(name, shape, ranks, top_k, shared_a=config.shared_a)
 
 
 def _ranks(name: str, asked: Any, experts: int) -> list[int]:

@@ -1,0 +1,51 @@
+"""Modules that are no plain mixtures: what they cost, how they are written, what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from guilomo import Allocation, GuilomoError, ModulePlan
+from guilomo.allocation import lora, no_router, uniform, with_shared_a
+
+LLAMA_7B = {f"model.layers.{i}.self_attn.{p}_proj": (4096, 4096) for i in range(32) for p in "qv"}
+
+
+def test_counts_of_the_mosld_paper() -> None:
+    """LLaMA-2-7B, Q and V, r = 8, 5 experts (arXiv 2412.08946; the counts follow from its formulas)."""
+    assert lora(LLAMA_7B, rank=8).parameters() == 4_194_304
+    assert uniform(LLAMA_7B, experts=5, rank=8).parameters() == 22_282_240
+    shared = {n: ModulePlan(*s, ranks=(8,) * 5, top_k=2, shared_a=True) for n, s in LLAMA_7B.items()}
+    assert Allocation(shared).parameters() == 13_893_632
+
+
+def test_formulas_of_a_shared_a() -> None:
+    plan = Allocation({"m": ModulePlan(13, 7, ranks=(3,) * 5, top_k=2, shared_a=True)})
+    assert plan.parameters() == 3 * 13 + 5 * 3 * 7 + 5 * 13
+    assert plan.parameters(no_router) == 3 * 13 + 5 * 3 * 7
+    assert plan.active_parameters(no_router) == 3 * 13 + 2 * 3 * 7
+    assert plan.flops_per_token() == 2 * plan.parameters()
+
+
+def test_sharing_keeps_the_price() -> None:
+    plan = Allocation({"a": ModulePlan(13, 7, (2, 3, 1), 2), "b": ModulePlan(5, 40, (1, 1), 1), "c": ModulePlan(9, 9)})
+    shared = with_shared_a(plan)
+    for name in ("a", "b"):
+        before, after = (Allocation({name: p[name]}).parameters() for p in (plan, shared))
+        assert 0 <= before - after < plan[name].in_features + plan[name].experts * plan[name].out_features
+        assert shared[name].experts == plan[name].experts
+    assert shared["c"] == plan["c"]
+
+
+def test_written_and_read() -> None:
+    plain = Allocation({"m": ModulePlan(13, 7, (3, 3))})
+    assert "shared_a" not in plain.to_json()
+    shared = with_shared_a(plain)
+    assert json.loads(shared.to_json())["modules"]["m"]["shared_a"] is True
+    assert Allocation.from_json(shared.to_json()) == shared
+
+
+def test_unequal_ranks_cannot_share() -> None:
+    with pytest.raises(GuilomoError, match=r"ranks = \(3, 2\).*equal ranks.*shared_a=False"):
+        ModulePlan(13, 7, (3, 2), shared_a=True)
