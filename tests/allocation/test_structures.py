@@ -49,3 +49,19 @@ def test_written_and_read() -> None:
 def test_unequal_ranks_cannot_share() -> None:
     with pytest.raises(GuilomoError, match=r"ranks = \(3, 2\).*equal ranks.*shared_a=False"):
         ModulePlan(13, 7, (3, 2), shared_a=True)
+
+
+def test_formulas_of_a_sequential_branch() -> None:
+    hydra = Allocation({"m": ModulePlan(13, 7, ranks=(4,), top_k=1, sequential_rank=8)}, alpha=16)
+    assert hydra.parameters() == 4 * (13 + 7) + 2 * 8 * 7 == hydra.active_parameters()
+    assert (hydra.scales("m"), hydra.sequential_scale("m")) == ((4.0,), 2.0)
+    alone = Allocation({"m": ModulePlan(13, 7, sequential_rank=8)})
+    assert alone.parameters() == 2 * 8 * 7 == alone.active_parameters()
+    assert alone.adapted()
+    assert Allocation.from_json(alone.to_json()) == alone
+    assert hydra.describe_diff(alone) == "m: 1×4 top 1, sequential 8 -> - top 2, sequential 8"
+
+
+def test_a_sequential_branch_stands_beside_one_expert() -> None:
+    with pytest.raises(GuilomoError, match=r"sequential_rank = 2.*0 beside 2 experts"):
+        ModulePlan(13, 7, (3, 3), sequential_rank=2)

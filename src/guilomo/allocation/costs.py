@@ -21,8 +21,12 @@ def no_router(experts: int, in_features: int) -> int:
 
 
 def expert_parameters(plan: ModulePlan) -> int:
-    """R*I + R*O: the packed A (R, I) and B (O, R); with a shared A (r, I) it is r*I + R*O."""
-    return plan.rows_of_a * plan.in_features + plan.rank * plan.out_features
+    """R*I + R*O: the packed A (R, I) and B (O, R); with a shared A (r, I) it is r*I + R*O.
+
+    A sequential branch adds 2 r_b O: C (r_b, O) and D (O, r_b).
+    """
+    sequential = 2 * plan.sequential_rank * plan.out_features
+    return plan.rows_of_a * plan.in_features + plan.rank * plan.out_features + sequential
 
 
 def router_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
@@ -40,7 +44,7 @@ def module_active_parameters(plan: ModulePlan, router: RouterCost = linear_route
 
     With mixed ranks this is the mean over experts, that is the expectation under uniform routing.
     """
-    share = plan.top_k / plan.experts if plan.adapted else 0.0
+    share = plan.top_k / plan.experts if plan.experts > 1 else 1.0
     common = plan.rows_of_a * plan.in_features if plan.shared_a else 0
     return common + share * (expert_parameters(plan) - common) + router_parameters(plan, router)
 

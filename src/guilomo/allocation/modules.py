@@ -26,10 +26,12 @@ class ModulePlan:
         ranks: rank of each expert, its length is E; empty means that the module is not adapted.
         top_k: K, how many experts a token uses.
         shared_a: all experts read one A of r rows (HydraLoRA, arXiv 2404.19245; MoSLD, arXiv 2412.08946).
+        sequential_rank: r_b of a branch that reads the frozen linear's output, beside at most one expert (Hydra,
+            arXiv 2309.06922); 0 for none.
 
     Raises:
-        GuilomoError: a size, a rank or top_k is not a positive integer, top_k exceeds the expert count, or experts of
-            different ranks would share one A.
+        GuilomoError: a size, a rank or top_k is not a positive integer, top_k exceeds the expert count, experts of
+            different ranks would share one A, or a sequential branch would stand beside several experts.
     """
 
     in_features: int
@@ -37,6 +39,7 @@ class ModulePlan:
     ranks: tuple[int, ...] = ()
     top_k: int = 2
     shared_a: bool = False
+    sequential_rank: int = 0
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "top_k"):
@@ -44,9 +47,14 @@ class ModulePlan:
         if isinstance(self.ranks, (int, str)):
             raise invalid("ranks", self.ranks, "a sequence with one rank per expert", "Write (8, 8) for 2 of rank 8.")
         object.__setattr__(self, "ranks", tuple(positive_int("rank", rank) for rank in self.ranks))
-        if self.adapted and self.top_k > self.experts:
+        if self.ranks and self.top_k > self.experts:
             remedy = "Lower top_k or give the module more experts."
             raise invalid("top_k", self.top_k, f"at most the expert count, {self.experts}", remedy)
+        if self.sequential_rank:
+            positive_int("sequential_rank", self.sequential_rank)
+        if self.sequential_rank and self.experts > 1:
+            remedy = "Give the module one expert (num_experts=1, top_k=1), or leave sequential_rank out."
+            raise invalid("sequential_rank", self.sequential_rank, f"0 beside {self.experts} experts", remedy)
         if self.shared_a and len(set(self.ranks)) > 1:
             remedy = "Give all experts of the module one rank, or set shared_a=False."
             raise invalid("ranks", self.ranks, "equal ranks where the experts share one A", remedy)
@@ -68,13 +76,13 @@ class ModulePlan:
 
     @property
     def adapted(self) -> bool:
-        """Whether the module has any expert."""
-        return bool(self.ranks)
+        """Whether the module has any expert, or a sequential branch."""
+        return bool(self.ranks) or self.sequential_rank > 0
 
     @property
     def structured(self) -> bool:
         """Whether it is anything else than a plain mixture, each of whose experts has an A and a B of its own."""
-        return self.shared_a
+        return self.shared_a or self.sequential_rank > 0
 
     @property
     def shape(self) -> ModuleShape:

@@ -87,6 +87,11 @@ class Allocation:
         scale = SCALINGS[self.scaling]
         return tuple(scale(self.alpha, rank) for rank in self[module].ranks)
 
+    def sequential_scale(self, module: str) -> float:
+        """Scale of the module's sequential branch, of its own rank; 0 without one."""
+        rank = self[module].sequential_rank
+        return SCALINGS[self.scaling](self.alpha, rank) if rank else 0.0
+
     def shapes(self) -> dict[str, ModuleShape]:
         """(I, O) of every module, adapted or not."""
         return {name: plan.shape for name, plan in self.modules.items()}

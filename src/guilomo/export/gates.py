@@ -32,6 +32,21 @@ def mixture_config(model: PeftModel) -> LoraMoeConfig:
     return config
 
 
+def refuse_unlike_lora(model: PeftModel) -> None:
+    """Refuses structures that no plain LoRA can have, whatever the gates.
+
+    Raises:
+        GuilomoError: a module has a sequential branch, which also changes the bias.
+    """
+    plan = mixture_config(model).plan
+    for name, module in plan.adapted().items() if plan is not None else ():
+        if module.sequential_rank:
+            raise GuilomoError(
+                f"Module {name!r} has a sequential branch (sequential_rank), which changes the bias too: plain LoRA "
+                "cannot. Merge it into the weights (--to merged), which is exact."
+            )
+
+
 def mixture_layers(model: PeftModel) -> dict[str, LoraMoeLayer]:
     """The adapted modules of the model's active adapter by name.
 

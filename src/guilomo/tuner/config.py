@@ -68,6 +68,13 @@ class LoraMoeConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Chance to drop an entry of the shared A in training, one draw per forward (MoSLD: 0.1)."},
     )
+    sequential_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of a second branch that reads the frozen linear's output (Hydra); needs num_experts=1. With "
+            "r=0 it stands alone (SeqLoRA)."
+        },
+    )
     router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
     router_weights: list[float] | None = field(
         default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
@@ -131,13 +138,18 @@ class LoraMoeConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        for name, low in (("num_experts", 1), ("r", 1), ("top_k", 1)):
+        least_rank = 0 if isinstance(self.sequential_rank, int) and self.sequential_rank > 0 else 1
+        for name, low in (("num_experts", 1), ("r", least_rank), ("top_k", 1), ("sequential_rank", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise invalid(name, value, f"a whole number of at least {low}")
         if self.allocation is None and self.top_k > self.num_experts:
             raise invalid(
                 "top_k", self.top_k, f"at most num_experts = {self.num_experts}", "Lower top_k or raise num_experts."
+            )
+        if self.sequential_rank and self.num_experts > 1 and self.allocation is None:
+            raise invalid(
+                "sequential_rank", self.sequential_rank, "0 beside several experts", "Set num_experts=1 and top_k=1."
             )
         if not 0 <= self.lora_dropout < 1:
             raise invalid("lora_dropout", self.lora_dropout, "a probability in [0, 1)")

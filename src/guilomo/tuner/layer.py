@@ -22,6 +22,7 @@ from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
 from guilomo.layers.routers import router_class
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routing import Router, Routing
+from guilomo.layers.sequential import sequential_delta
 from guilomo.layers.shared import stacked_identities
 from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
 from guilomo.layers.split import linear_of_training_rows, shift_by_held_out_rows
@@ -38,14 +39,22 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     Parameters, keyed by adapter name: ``molora_A (R, I)``, or ``(r, I)`` where all experts of rank r read one A;
     ``molora_B (O, R)``; ``molora_router`` (absent for a single expert, whose gate is 1). ``molora_layout`` holds the
-    ranks, saved with the weights.
+    ranks, saved with the weights. With a sequential branch (`guilomo.layers.sequential`) also ``molora_C (r_b, O)`` and
+    ``molora_D (O, r_b)``.
 
     The base layer is any module with ``in_features`` and ``out_features`` (`nn.Linear`, transformers' `Conv1D`,
     quantised linears); it is only ever called, never read.
     """
 
-    adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "molora_plan", "fixed_gates")
+    adapter_layer_names = ("molora_A", "molora_B", "molora_C", "molora_D", "molora_router")
+    other_param_names = (
+        "molora_layout",
+        "molora_dropout",
+        "molora_loss",
+        "molora_plan",
+        "sequential_scale",
+        "fixed_gates",
+    )
 
     def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
         super().__init__()
@@ -55,26 +64,33 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.context = context
         self.molora_A = nn.ParameterDict()
         self.molora_B = nn.ParameterDict()
+        self.molora_C = nn.ParameterDict()
+        self.molora_D = nn.ParameterDict()
         self.molora_router = nn.ModuleDict()
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_loss: dict[str, RouterLoss] = {}
         self.molora_plan: dict[str, ModulePlan] = {}
+        self.sequential_scale: dict[str, float] = {}
         self.fixed_gates: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._frozen: tuple[Tensor, Tensor | None] | None = None
 
     def update_layer(self, adapter: str, plan: Allocation, config: LoraMoeConfig, loss: RouterLoss) -> None:
         """Adds or replaces the experts of one adapter, as `plan` says for this module."""
         module = plan[self.name]
         a = nn.Parameter(torch.empty(module.rows_of_a, self.in_features))
         b = nn.Parameter(torch.zeros(self.out_features, module.rank))
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if not config.init_lora_weights:
-            nn.init.normal_(b, std=0.02)
+        self._start(a, b, config)
         self.molora_A[adapter] = a
         self.molora_B[adapter] = b
-        self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
+        if module.sequential_rank:
+            self.molora_C[adapter] = nn.Parameter(torch.empty(module.sequential_rank, self.out_features))
+            self.molora_D[adapter] = nn.Parameter(torch.zeros(self.out_features, module.sequential_rank))
+            self._start(self.molora_C[adapter], self.molora_D[adapter], config)
+        self.sequential_scale[adapter] = plan.sequential_scale(self.name)
+        self.molora_layout[adapter] = ExpertLayout(module.ranks or (0,), plan.scales(self.name) or (0.0,))
         dropout = {config.dropout_on: nn.Dropout(config.lora_dropout), "shared_a": nn.Dropout(config.drop_connect)}
         self.molora_dropout[adapter] = nn.ModuleDict(dropout)
         self.molora_loss[adapter] = loss
@@ -86,6 +102,13 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
 
+    @staticmethod
+    def _start(down: Tensor, up: Tensor, config: LoraMoeConfig) -> None:
+        if len(down):
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        if not config.init_lora_weights:
+            nn.init.normal_(up, std=0.02)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -93,11 +116,12 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         additions = []
         for adapter in self.active_adapters:
-            if adapter in self.molora_A:
+            if adapter in self.molora_A and len(self.molora_A[adapter]):
                 x, add = self._begin(x, adapter)
                 additions.append(add)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
+        y = self._with_sequential(y)
         for add in additions:
             y = add(y)
         return y.to(dtype)
@@ -107,6 +131,18 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling() or forced() == "packed":
             return self._packed(x, adapter)
         return self._sorted(x, adapter) if self._sorts(x, adapter) else self._fused(x, adapter)
+
+    def _with_sequential(self, y: Tensor) -> Tensor:
+        """`y`, and what the active adapters' sequential branches make of it."""
+        deltas = []
+        for adapter in self.active_adapters:
+            if adapter in self.molora_C:
+                c, d = self.molora_C[adapter], self.molora_D[adapter]
+                drops = self._drops(adapter, "input"), self._drops(adapter, "rank")
+                deltas.append(sequential_delta(y, c, d, self.sequential_scale[adapter], *drops))
+        for delta in deltas:
+            y = y + delta
+        return y
 
     def _sorts(self, x: Tensor, adapter: str) -> bool:
         """Whether the sorted path can be taken, and is asked for or pays."""
@@ -253,7 +289,27 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         assert isinstance(layout, ExpertLayout)
         a, b = self.packed_a(adapter), self.molora_B[adapter]
         delta: Tensor = (b * (gates.to(b) @ layout.spread.to(b.dtype))) @ a
+        if adapter in self.molora_C:
+            weight = self._frozen_weight()
+            delta = delta + self._through_sequential(weight.T if self._transposed else weight, adapter)
         return delta
+
+    def _through_sequential(self, frozen: Tensor, adapter: str) -> Tensor:
+        """What a merged sequential branch adds to the frozen weight ``(O, I)`` or bias ``(O,)``."""
+        c, d = self.molora_C[adapter], self.molora_D[adapter]
+        added: Tensor = self.sequential_scale[adapter] * (d @ (c @ frozen.to(c)))
+        return added
+
+    def _frozen_weight(self) -> Tensor:
+        """The weight as it was before anything was merged."""
+        if self._frozen is not None:
+            return self._frozen[0]
+        if self.merged_adapters:
+            raise GuilomoError(
+                f"Module {self.name!r} has merged adapters, but a sequential branch reads the weight from before. Call "
+                "unmerge_adapter() first."
+            )
+        return self.get_base_weight()
 
     def constant_gates(self, adapter: str) -> Tensor:
         """``(E,)`` routing weights, when they are the same for every token; otherwise an error."""
@@ -278,25 +334,56 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         for name in names:
             if name in self.merged_adapters:
                 continue
-            merged = self.get_base_weight() + self._delta_as_stored(name)
-            if safe_merge and not torch.isfinite(merged).all():
+            merged, bias = self.get_base_weight() + self._delta_as_stored(name), self._merged_bias(name)
+            finite = torch.isfinite(merged).all() and (bias is None or torch.isfinite(bias).all())
+            if safe_merge and not finite:
                 raise GuilomoError(f"Merging adapter {name!r} into {self.name!r} gives values that are not finite.")
-            self.set_base_weight(merged)
+            if self.molora_C and not self.merged_adapters:
+                old = self._bias()
+                self._frozen = self.get_base_weight(), None if old is None else old.data
+            self._set_base(merged, bias)
             self.merged_adapters.append(name)
 
+    def _set_base(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.set_base_weight(weight)
+        own = self._bias()
+        if own is not None and bias is not None:
+            own.data = bias
+
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        return bias
+
+    def _merged_bias(self, adapter: str) -> Tensor | None:
+        """The frozen bias with the part of a sequential branch; None where the adapter does not change it."""
+        bias = self._bias()
+        if bias is None or adapter not in self.molora_C:
+            return None
+        before = None if self._frozen is None else self._frozen[1]
+        return bias.data + self._through_sequential(bias.data if before is None else before, adapter).to(bias.dtype)
+
     def unmerge(self) -> None:
-        """Takes merged adapters out of the frozen weight again, up to rounding."""
+        """Takes merged adapters out of the frozen weight again, up to rounding; exactly, with sequential branches."""
+        if self._frozen is not None:
+            self._set_base(*self._frozen)
+            self._frozen = None
+            self.merged_adapters.clear()
         while self.merged_adapters:
             self.set_base_weight(self.get_base_weight() - self._delta_as_stored(self.merged_adapters.pop()))
 
     def _delta_as_stored(self, adapter: str) -> Tensor:
         delta = self.get_delta_weight(adapter)
         weight = self.get_base_weight()
-        # Conv1D stores (in, out); a square one cannot be told by its shape.
-        stored = delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta
-        return stored.to(weight.dtype)
+        return (delta.T if self._transposed else delta).to(weight.dtype)
+
+    @property
+    def _transposed(self) -> bool:
+        """Conv1D stores (in, out); a square one cannot be told by its shape."""
+        return type(self.get_base_layer()).__name__ == "Conv1D"
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        if adapter_name in self.molora_C and self._bias() is not None:
+            return False  # plain LoRA changes no bias
         routed = adapter_name in self.molora_router and not getattr(self.molora_router[adapter_name], "static", False)
         return not routed or adapter_name in self.fixed_gates
 

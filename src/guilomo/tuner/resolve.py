@@ -44,7 +44,7 @@ def plan_for_router(plan: Allocation, router: str) -> Allocation:
     """The plan with top-k as the router has it: dense routers choose every expert, whatever the plan says."""
     if not router_class(router).dense:
         return plan
-    everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
+    everyone = {n: replace(m, top_k=m.experts) if m.ranks else m for n, m in plan.modules.items()}
     return replace(plan, modules=everyone)
 
 
@@ -63,6 +63,9 @@ def _refuse_other_structure(plan: Allocation, config: LoraMoeConfig) -> None:
         if config.shared_a and module.experts > 1 and not module.shared_a:
             remedy = "Give it guilomo.allocation.with_shared_a(plan), or leave shared_a out."
             raise invalid("shared_a", True, f"False, for the allocation gives {name!r} an A for every expert", remedy)
+    if config.sequential_rank and not any(module.sequential_rank for module in plan.modules.values()):
+        remedy = "Give the allocation's modules their sequential_rank, or leave it out here."
+        raise invalid("sequential_rank", config.sequential_rank, "0, for the allocation has no such branch", remedy)
 
 
 def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> Allocation:
@@ -74,9 +77,10 @@ def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> 
 
 def _module_plan(name: str, shape: ModuleShape, config: LoraMoeConfig) -> ModulePlan:
     asked = next((v for p, v in config.rank_pattern.items() if _matches(p, name)), config.r)
-    ranks = tuple(_ranks(name, asked, config.num_experts))
+    sequential = 0 if asked == [] else config.sequential_rank
+    ranks = () if asked == 0 and sequential else tuple(_ranks(name, asked, config.num_experts))
     top_k = min(config.top_k, len(ranks)) if ranks else config.top_k
-    return plan_module(name, shape, ranks, top_k, shared_a=config.shared_a)
+    return plan_module(name, shape, ranks, top_k, shared_a=config.shared_a, sequential_rank=sequential)
 
 
 def _ranks(name: str, asked: Any, experts: int) -> list[int]:
