@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from guilomo import Allocation, GuilomoError, ModulePlan
-from guilomo.allocation import lora, no_router, uniform, with_shared_a
+from guilomo.allocation import find_blocks, lora, no_router, uniform, with_shared_a
 
 LLAMA_7B = {f"model.layers.{i}.self_attn.{p}_proj": (4096, 4096) for i in range(32) for p in "qv"}
 
@@ -65,3 +66,76 @@ def test_formulas_of_a_sequential_branch() -> None:
 def test_a_sequential_branch_stands_beside_one_expert() -> None:
     with pytest.raises(GuilomoError, match=r"sequential_rank = 2.*0 beside 2 experts"):
         ModulePlan(13, 7, (3, 3), sequential_rank=2)
+
+
+def _block(top_k: int = 2) -> dict[str, ModulePlan]:
+    common = {"ranks": (3,) * 4, "top_k": top_k, "block": "mlp"}
+    return {
+        "mlp.gate_proj": ModulePlan(13, 11, role="route", **common),
+        "mlp.up_proj": ModulePlan(13, 11, role="in", **common),
+        "mlp.down_proj": ModulePlan(11, 13, role="out", **common),
+    }
+
+
+def test_formulas_of_a_feed_forward_block() -> None:
+    """Experts as in a plain mixture, and one router for all of the block (MixLoRA)."""
+    plan = Allocation(_block())
+    experts = 4 * 3 * (13 + 11) * 3
+    assert plan.parameters() == experts + 4 * 13
+    assert plan.active_parameters() == experts / 2 + 4 * 13
+    assert plan.parameters(no_router) == experts
+    # Per token, A once and B for 2 experts where x is read; A for 2 experts and B once where they are summed.
+    assert plan.flops_per_token() == 2 * (2 * 12 * (13 + 2 * 11) + 12 * (2 * 11 + 13) + 4 * 13)
+    assert Allocation.from_json(plan.to_json()) == plan
+    plain = Allocation({"mlp.up_proj": ModulePlan(13, 11, (3,) * 4)})
+    assert "mlp.up_proj: 4×3 top 2 -> 4×3 top 2, in of mlp" in plain.describe_diff(plan)
+
+
+def test_an_expert_without_rank_only_in_a_block() -> None:
+    plan = {n: replace(m, ranks=(0, 3, 1, 2)) for n, m in _block().items()}
+    assert Allocation(plan, alpha=6).scales("mlp.up_proj") == (0.0, 2.0, 6.0, 3.0)
+    assert Allocation(plan).parameters(no_router) == 3 * 6 * (13 + 11)
+    with pytest.raises(GuilomoError, match=r"rank = 0.*at least 1"):
+        ModulePlan(13, 11, (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp.gate_proj": {"role": "in"}}, r"role 'route' in block 'mlp' = 0.*exactly one"),
+        ({"mlp.up_proj": {"role": "out"}}, r"role 'out' in block 'mlp' = 2.*exactly one"),
+        ({"mlp.up_proj": {"ranks": (3, 3)}}, r"block 'mlp' = \[\(2, 2\), \(4, 2\)\].*the same"),
+        ({"mlp.up_proj": {"top_k": 1}}, r"block 'mlp' = \[\(4, 1\), \(4, 2\)\].*the same"),
+        ({"mlp.up_proj": {"block": ""}}, r"role = 'in'.*together with a block"),
+        ({"mlp.up_proj": {"role": "sum"}}, r"role = 'sum'.*route"),
+        ({"mlp.up_proj": {"role": ""}}, r"role = ''.*or neither"),
+    ],
+)
+def test_blocks_that_cannot_run(change: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(GuilomoError, match=message):
+        Allocation({n: replace(m, **change.get(n, {})) for n, m in _block().items()})
+
+
+def test_blocks_are_found_by_their_names() -> None:
+    names = [
+        "h.0.attn.c_proj",
+        "h.0.mlp.c_fc",
+        "h.0.mlp.c_proj",
+        "layer.0.attention.output.dense",
+        "layer.0.intermediate.dense",
+        "layer.0.output.dense",
+        "layers.1.mlp.up_proj",
+        "layers.1.mlp.gate_proj",
+        "layers.1.mlp.down_proj",
+        "layers.2.mlp.up_proj",
+        "layers.2.mlp.down_proj",
+        "fc1",
+        "fc2",
+    ]
+    assert find_blocks(names) == {
+        "h.0.mlp": ("h.0.mlp.c_fc", "h.0.mlp.c_proj"),
+        "layer.0": ("layer.0.intermediate.dense", "layer.0.output.dense"),
+        "layers.1.mlp": ("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj"),
+        "layers.2.mlp": ("layers.2.mlp.up_proj", "layers.2.mlp.down_proj"),
+    }
+    assert find_blocks(names, [("c_fc", "c_proj")]) == {"h.0.mlp": ("h.0.mlp.c_fc", "h.0.mlp.c_proj")}

@@ -1,5 +1,6 @@
 """Plans: which experts and ranks every module gets, what they cost, and how to choose them."""
 
+from guilomo.allocation.blocks import FEED_FORWARDS, find_blocks
 from guilomo.allocation.budget import fit, same_budget
 from guilomo.allocation.chance import random_plan, shuffled
 from guilomo.allocation.costs import RouterCost, linear_router, no_router
@@ -17,6 +18,7 @@ from guilomo.allocation.spectral import alphalora, alphalora_counts, hill_alpha
 from guilomo.allocation.uniform import lora, uniform
 
 __all__ = [
+    "FEED_FORWARDS",
     "MOLA_SHAPES",
     "SCALINGS",
     "STRATEGIES",
@@ -29,6 +31,7 @@ __all__ = [
     "alphalora",
     "alphalora_counts",
     "depths_of",
+    "find_blocks",
     "fit",
     "hill_alpha",
     "hilo",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 VERSION = 1
 HEADER = ("version", "strategy", "scaling", "alpha")
 MODULE = ("in_features", "out_features", "ranks", "top_k")
-STRUCTURE = ("shared_a", "sequential_rank")
+STRUCTURE = ("shared_a", "sequential_rank", "role", "block")
 """Written only where they differ from the default, so that plain plans stay as they were."""
 
 

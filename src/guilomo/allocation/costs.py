@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guilomo.allocation.modules import ModulePlan
+from guilomo.allocation.modules import OUT, ROUTE, ModulePlan
 
 RouterCost = Callable[[int, int], int]
 """(experts E, in_features I) -> trainable parameters of the module's router."""
@@ -30,8 +30,8 @@ def expert_parameters(plan: ModulePlan) -> int:
 
 
 def router_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
-    """The router's parameters; 0 for a module that is not adapted."""
-    return router(plan.experts, plan.in_features) if plan.adapted else 0
+    """The router's parameters; 0 for a module that is not adapted, or that another one of its block routes."""
+    return router(plan.experts, plan.in_features) if plan.adapted and plan.role in ("", ROUTE) else 0
 
 
 def module_parameters(plan: ModulePlan, router: RouterCost = linear_router) -> int:
@@ -54,5 +54,11 @@ def module_flops(plan: ModulePlan, router: RouterCost = linear_router) -> int:
 
     2 per multiply-add over A, B and the router, taken to use each of its parameters once. The R
     products with the gate and the softmax over E are left out: both are thousands of times smaller.
+
+    In a feed-forward block all R rows of A or B that meet the K copies of a token are used K times.
     """
-    return 2 * module_parameters(plan, router)
+    if not plan.role:
+        return 2 * module_parameters(plan, router)
+    copies_in, copies_out = (plan.top_k, 1) if plan.role == OUT else (1, plan.top_k)
+    rows = copies_in * plan.rows_of_a * plan.in_features + copies_out * plan.rank * plan.out_features
+    return 2 * (rows + router_parameters(plan, router))

@@ -39,6 +39,7 @@ def _brief(plan: ModulePlan | None) -> str:
     if not plan.adapted:
         return "not adapted"
     more = [*(["shared A"] if plan.shared_a else []), *([f"sequential {r}"] if (r := plan.sequential_rank) else [])]
+    more += [f"{plan.role} of {plan.block}"] if plan.role else []
     return ", ".join([f"{abbreviate(plan.ranks)} top {plan.top_k}", *more])
 
 

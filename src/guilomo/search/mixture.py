@@ -82,9 +82,9 @@ def _refuse_structures(plan: Allocation) -> None:
     tied = next((name for name, module in plan.adapted().items() if module.structured), None)
     if tied is not None:
         raise GuilomoError(
-            f"Module {tied!r} is no plain mixture (shared_a, sequential_rank), so its ranks and expert count cannot be "
-            "searched. Search a plain mixture, then turn the plan found into one with a shared A "
-            "(guilomo.allocation.with_shared_a)."
+            f"Module {tied!r} is no plain mixture (shared_a, sequential_rank or a feed-forward block), so its expert "
+            "count and ranks cannot be searched. Search a plain mixture; guilomo.allocation.with_shared_a turns a plan "
+            "into one with a shared A."
         )
 
 

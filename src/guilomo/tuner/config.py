@@ -75,6 +75,20 @@ class LoraMoeConfig(PeftConfig):
             "r=0 it stands alone (SeqLoRA)."
         },
     )
+    feed_forward_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Experts of whole feed-forwards, weighted behind the nonlinearity with one router per block "
+            "(MixLoRA). Modules outside of feed-forwards get plain LoRA of rank r."
+        },
+    )
+    feed_forward_blocks: list[list[str]] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linears of a feed-forward in the order of running, such as ['fc1', 'fc2']; one list "
+            "for each kind of block. Unset: the names that are known."
+        },
+    )
     router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
     router_weights: list[float] | None = field(
         default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
@@ -151,6 +165,9 @@ class LoraMoeConfig(PeftConfig):
             raise invalid(
                 "sequential_rank", self.sequential_rank, "0 beside several experts", "Set num_experts=1 and top_k=1."
             )
+        for names in self.feed_forward_blocks or ():
+            if not isinstance(names, (list, tuple)) or len(names) < 2 or not all(isinstance(n, str) for n in names):
+                raise invalid("feed_forward_blocks", names, "lists of at least two names, the first one to run first")
         if not 0 <= self.lora_dropout < 1:
             raise invalid("lora_dropout", self.lora_dropout, "a probability in [0, 1)")
         if not 0 <= self.drop_connect < 1:

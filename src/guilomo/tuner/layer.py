@@ -95,7 +95,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_dropout[adapter] = nn.ModuleDict(dropout)
         self.molora_loss[adapter] = loss
         self.molora_plan[adapter] = module
-        if module.experts > 1:
+        if module.routes:
             options = {"weights": config.router_weights} if config.router == "fixed" else {}
             router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)
             self.molora_router[adapter] = router

@@ -15,6 +15,7 @@ from guilomo.allocation.plan import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import context_of, remove_context
+from guilomo.tuner.feed_forward import FeedForwardLayer
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.modules import linear_shape
 from guilomo.tuner.resolve import balance_groups, resolve_allocation
@@ -67,12 +68,18 @@ class LoraMoeModel(BaseTuner):
     ) -> None:
         plan = self._plans[adapter_name]
         loss = self._losses[adapter_name].get(current_key, _NO_LOSS)
+        kind = FeedForwardLayer if plan[current_key].role else LoraMoeLayer
         if isinstance(target, LoraMoeLayer):
+            if type(target) is not kind:
+                raise GuilomoError(
+                    f"Module {current_key!r} already has an adapter of another kind: experts of whole feed-forwards "
+                    "and other mixtures cannot share it. Attach this adapter to a base model of its own."
+                )
             target.update_layer(adapter_name, plan, config, loss)
             return
         shape = linear_shape(target)
         assert shape is not None, "the plan was checked against the model's linear layers"
-        layer = LoraMoeLayer(target, current_key, shape, context_of(self.model))
+        layer = kind(target, current_key, shape, context_of(self.model))
         layer._active_adapter = adapter_name
         layer.quantization_backend = resolve_quantization_backend(target, **self._torchao_options())
         layer.update_layer(adapter_name, plan, config, loss)
