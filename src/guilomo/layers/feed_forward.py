@@ -72,7 +72,8 @@ def beyond_one(slots: Slots) -> Tensor:
     gradient is that of the sum.
     """
     excess = slots.weights.sum(0) - 1
-    return excess - torch.where(excess.abs() < 1e-5, excess, 0).detach()
+    rounding = 4 * (len(slots) + 1) * torch.finfo(excess.dtype).eps
+    return excess - torch.where(excess.abs() < rounding, excess, 0).detach()
 
 
 def weighted_sum(a: Tensor, slots: Slots) -> Tensor:

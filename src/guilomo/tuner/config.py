@@ -89,7 +89,7 @@ class LoraMoeConfig(PeftConfig):
             "for each kind of block. Unset: the names that are known."
         },
     )
-    router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
+    router: str = field(default="topk", metadata={"help": "topk, topk_of_softmax (not renormalised), dense or fixed."})
     router_weights: list[float] | None = field(
         default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
     )
