@@ -106,9 +106,12 @@ def test_an_expert_without_rank_only_in_a_block() -> None:
         ({"mlp.up_proj": {"role": "out"}}, r"role 'out' in block 'mlp' = 2.*exactly one"),
         ({"mlp.up_proj": {"ranks": (3, 3)}}, r"block 'mlp' = \[\(2, 2\), \(4, 2\)\].*the same"),
         ({"mlp.up_proj": {"top_k": 1}}, r"block 'mlp' = \[\(4, 1\), \(4, 2\)\].*the same"),
-        ({"mlp.up_proj": {"block": ""}}, r"role = 'in'.*together with a block"),
+        ({"mlp.up_proj": {"block": ""}}, r"role = 'in'.*together with the name of a block"),
         ({"mlp.up_proj": {"role": "sum"}}, r"role = 'sum'.*route"),
         ({"mlp.up_proj": {"role": ""}}, r"role = ''.*or neither"),
+        ({"mlp.up_proj": {"block": 3}}, r"role = 'in'.*name of a block"),
+        ({"mlp.up_proj": {"shared_a": "yes"}}, r"shared_a = 'yes'.*True or False"),
+        ({"mlp.up_proj": {"sequential_rank": None}}, r"sequential_rank = None.*at least 1"),
     ],
 )
 def test_blocks_that_cannot_run(change: dict[str, dict[str, object]], message: str) -> None:

@@ -352,8 +352,10 @@ def test_two_adapters() -> None:
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(GuilomoError, match=r"2 active adapters.*set_adapter"):
         logits(model, inputs)
+    before = set(model.state_dict())
     with pytest.raises(GuilomoError, match=r"adapter of another kind"):
         model.add_adapter("third", LoraMoeConfig(**config))
+    assert set(model.state_dict()) == before, "refused before anything is touched"
 
 
 def test_no_merge_no_export_no_search() -> None:

@@ -55,13 +55,15 @@ class ModulePlan:
             object.__setattr__(self, field, positive_int(field, getattr(self, field)))
         if isinstance(self.ranks, (int, str)):
             raise invalid("ranks", self.ranks, "a sequence with one rank per expert", "Write (8, 8) for 2 of rank 8.")
-        if self.role not in ROLES or bool(self.role) != bool(self.block):
-            raise invalid("role", self.role, f"one of {ROLES[1:]} together with a block, or neither")
+        if not isinstance(self.shared_a, bool):
+            raise invalid("shared_a", self.shared_a, "True or False")
+        if self.role not in ROLES or not isinstance(self.block, str) or bool(self.role) != bool(self.block):
+            raise invalid("role", self.role, f"one of {ROLES[1:]} together with the name of a block, or neither")
         object.__setattr__(self, "ranks", tuple(self._rank(rank) for rank in self.ranks))
         if self.ranks and self.top_k > self.experts:
             remedy = "Lower top_k or give the module more experts."
             raise invalid("top_k", self.top_k, f"at most the expert count, {self.experts}", remedy)
-        if self.sequential_rank:
+        if self.sequential_rank != 0:
             positive_int("sequential_rank", self.sequential_rank)
         if self.sequential_rank and self.experts > 1:
             remedy = "Give the module one expert (num_experts=1, top_k=1), or leave sequential_rank out."
