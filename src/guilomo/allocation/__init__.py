@@ -1,5 +1,6 @@
 """Plans: which experts and ranks every module gets, what they cost, and how to choose them."""
 
+from guilomo.allocation.blocks import FEED_FORWARDS, find_blocks
 from guilomo.allocation.budget import fit, same_budget
 from guilomo.allocation.chance import random_plan, shuffled
 from guilomo.allocation.costs import RouterCost, linear_router, no_router
@@ -12,10 +13,12 @@ from guilomo.allocation.plan import SCALINGS, Allocation, ModuleChange, ModulePl
 from guilomo.allocation.preference import Preference
 from guilomo.allocation.registry import STRATEGIES, make, strategy_options
 from guilomo.allocation.rules import rules
+from guilomo.allocation.shared import with_shared_a
 from guilomo.allocation.spectral import alphalora, alphalora_counts, hill_alpha
 from guilomo.allocation.uniform import lora, uniform
 
 __all__ = [
+    "FEED_FORWARDS",
     "MOLA_SHAPES",
     "SCALINGS",
     "STRATEGIES",
@@ -28,6 +31,7 @@ __all__ = [
     "alphalora",
     "alphalora_counts",
     "depths_of",
+    "find_blocks",
     "fit",
     "hill_alpha",
     "hilo",
@@ -47,4 +51,5 @@ __all__ = [
     "site",
     "strategy_options",
     "uniform",
+    "with_shared_a",
 ]

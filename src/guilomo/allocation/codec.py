@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 VERSION = 1
 HEADER = ("version", "strategy", "scaling", "alpha")
 MODULE = ("in_features", "out_features", "ranks", "top_k")
+STRUCTURE = ("shared_a", "sequential_rank", "role", "block")
+"""Written only where they differ from the default, so that plain plans stay as they were."""
 
 
 def allocation_to_dict(allocation: Allocation) -> dict[str, Any]:
@@ -71,16 +73,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _module_to_dict(plan: ModulePlan) -> dict[str, Any]:
     fields = {key: getattr(plan, key) for key in MODULE}
-    return {**fields, "ranks": list(plan.ranks)}
+    structure = {key: getattr(plan, key) for key in STRUCTURE if getattr(plan, key) != getattr(ModulePlan, key)}
+    return {**fields, "ranks": list(plan.ranks), **structure}
 
 
 def _module_from_dict(name: str, data: Any) -> ModulePlan:
     """A plan from its dict; missing ranks mean not adapted, as in ModulePlan."""
-    _check_keys(f"key of module {name!r}", data, MODULE, required=MODULE[:2])
+    _check_keys(f"key of module {name!r}", data, (*MODULE, *STRUCTURE), required=MODULE[:2])
     if not isinstance(data.get("ranks", ()), (list, tuple)):
         raise invalid(f"ranks of module {name!r}", data["ranks"], "a list with one rank per expert")
     shape = (data["in_features"], data["out_features"])
-    return plan_module(name, shape, tuple(data.get("ranks", ())), data.get("top_k", 2))
+    structure = {key: data[key] for key in STRUCTURE if key in data}
+    return plan_module(name, shape, tuple(data.get("ranks", ())), data.get("top_k", 2), **structure)
 
 
 def _check_keys(field: str, data: Any, allowed: Iterable[str], required: Iterable[str]) -> None:

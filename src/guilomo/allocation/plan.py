@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from guilomo.allocation.blocks import check_blocks
 from guilomo.allocation.check import check_budget, check_shapes
 from guilomo.allocation.codec import allocation_to_dict, allocation_to_json, fields_from_dict, parse_json
 from guilomo.allocation.costs import (
@@ -63,6 +64,7 @@ class Allocation:
                 raise invalid(f"module {name!r}", plan, "a ModulePlan", "Read plans from JSON with from_dict.")
         if not isinstance(self.strategy, str):
             raise invalid("strategy", self.strategy, "text that says where the plan came from")
+        check_blocks(self.modules)
         if self.scaling not in SCALINGS:
             raise unknown("scaling", str(self.scaling), SCALINGS)
         object.__setattr__(self, "modules", FrozenDict(self.modules))
@@ -85,7 +87,12 @@ class Allocation:
     def scales(self, module: str) -> tuple[float, ...]:
         """One scale per expert of the module, length E: its own rank decides, never a neighbour's."""
         scale = SCALINGS[self.scaling]
-        return tuple(scale(self.alpha, rank) for rank in self[module].ranks)
+        return tuple(scale(self.alpha, rank) if rank else 0.0 for rank in self[module].ranks)
+
+    def sequential_scale(self, module: str) -> float:
+        """Scale of the module's sequential branch, of its own rank; 0 without one."""
+        rank = self[module].sequential_rank
+        return SCALINGS[self.scaling](self.alpha, rank) if rank else 0.0
 
     def shapes(self) -> dict[str, ModuleShape]:
         """(I, O) of every module, adapted or not."""

@@ -36,7 +36,11 @@ def describe_changes(differences: Sequence[ModuleChange]) -> str:
 def _brief(plan: ModulePlan | None) -> str:
     if plan is None:
         return "absent"
-    return f"{abbreviate(plan.ranks)} top {plan.top_k}" if plan.adapted else "not adapted"
+    if not plan.adapted:
+        return "not adapted"
+    more = [*(["shared A"] if plan.shared_a else []), *([f"sequential {r}"] if (r := plan.sequential_rank) else [])]
+    more += [f"{plan.role} of {plan.block}"] if plan.role else []
+    return ", ".join([f"{abbreviate(plan.ranks)} top {plan.top_k}", *more])
 
 
 def abbreviate(ranks: Sequence[int]) -> str:

@@ -32,16 +32,40 @@ def mixture_config(model: PeftModel) -> LoraMoeConfig:
     return config
 
 
+def refuse_unlike_lora(model: PeftModel) -> None:
+    """Refuses structures that no plain LoRA can have, whatever the gates.
+
+    Raises:
+        GuilomoError: a module has a sequential branch, which also changes the bias.
+    """
+    plan = mixture_config(model).plan
+    for name, module in plan.adapted().items() if plan is not None else ():
+        if module.sequential_rank:
+            raise GuilomoError(
+                f"Module {name!r} has a sequential branch (sequential_rank), which changes the bias too: plain LoRA "
+                "cannot. Merge it into the weights (--to merged), which is exact."
+            )
+
+
 def mixture_layers(model: PeftModel) -> dict[str, LoraMoeLayer]:
     """The adapted modules of the model's active adapter by name.
 
     Raises:
-        GuilomoError: the adapter is no mixture.
+        GuilomoError: the adapter is no mixture, or its experts are whole feed-forwards.
     """
     adapter = model.active_adapter
-    mixture_config(model)
+    _refuse_feed_forwards(mixture_config(model))
     layers = (m for m in model.modules() if isinstance(m, LoraMoeLayer) and adapter in m.molora_A)
     return {layer.name: layer for layer in layers}
+
+
+def _refuse_feed_forwards(config: LoraMoeConfig) -> None:
+    block = next((m.block for m in config.plan.modules.values() if m.role), None) if config.plan is not None else None
+    if block is not None:
+        raise GuilomoError(
+            f"The experts of {block!r} are whole feed-forwards, weighted behind the nonlinearity: no change of weights "
+            "does the same, whatever the gates, so there is nothing to export. Serve the adapter as it is."
+        )
 
 
 def routed_layers(model: PeftModel) -> dict[str, LoraMoeLayer]:

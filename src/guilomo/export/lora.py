@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from guilomo.errors import invalid
 from guilomo.export.factors import Factors, padded, stacked, truncated
-from guilomo.export.gates import mixture_config, mixture_layers
+from guilomo.export.gates import mixture_config, mixture_layers, refuse_unlike_lora
 from guilomo.tuner import LoraMoeConfig
 
 
@@ -64,8 +64,10 @@ def plain_lora(
         uniform_rank: pad every module with zeros to the highest rank, for servers that know one rank per adapter.
 
     Raises:
-        GuilomoError: the adapter is no mixture, or the rank is not between 1 and the highest stacked rank.
+        GuilomoError: the adapter is no mixture, plain LoRA cannot have its structure, or the rank is not between 1 and
+            the highest stacked rank.
     """
+    refuse_unlike_lora(model)
     layers, adapter = mixture_layers(model), model.active_adapter
     factors = _stacked_modules(model, gates)
     energy = dict.fromkeys(factors, 1.0)
@@ -85,7 +87,7 @@ def _stacked_modules(model: PeftModel, gates: Mapping[str, Tensor]) -> dict[str,
     adapter, plan = model.active_adapter, mixture_config(model).plan
     assert plan is not None, "an attached adapter has its plan"
     return {
-        n: stacked(layer.molora_A[adapter], layer.molora_B[adapter], plan[n].ranks, plan.scales(n), gates[n])
+        n: stacked(layer.packed_a(adapter), layer.molora_B[adapter], plan[n].ranks, plan.scales(n), gates[n])
         for n, layer in mixture_layers(model).items()
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from guilomo.errors import GuilomoError
 from guilomo.layers.packed import ExpertLayout
 from guilomo.search.vectors import SelectionVectors
 from guilomo.tuner import LoraMoeLayer
@@ -17,7 +18,15 @@ def carry_weights(searched: nn.Module, vectors: SelectionVectors, final: nn.Modu
     Expert e of the final plan, of rank r, takes the first r rows of expert e of the search. Scales and rank masks are
     folded into B, so that a kept row contributes what it contributed; the routers' rows are copied, without the
     search's offset, which a bias-free router cannot hold. Other trained modules (heads) are copied whole.
+
+    Raises:
+        GuilomoError: a module of `final` is no plain mixture.
     """
+    tied = next((m.name for m in final.modules() if isinstance(m, LoraMoeLayer) and _structured(m)), None)
+    if tied is not None:
+        raise GuilomoError(
+            f"Module {tied!r} is no plain mixture, so it cannot take over the weights of a search. Start it afresh."
+        )
     sources = {m.name: m for m in searched.modules() if isinstance(m, LoraMoeLayer)}
     masks = vectors.masks(detach=True)
     for layer in final.modules():
@@ -28,6 +37,10 @@ def carry_weights(searched: nn.Module, vectors: SelectionVectors, final: nn.Modu
                 rank_mask = torch.ones_like(rank_mask)
             _carry_layer(sources[layer.name], layer, rank_mask)
     _carry_heads(searched, final)
+
+
+def _structured(layer: LoraMoeLayer) -> bool:
+    return any(plan.structured for plan in layer.molora_plan.values())
 
 
 def _carry_layer(source: LoraMoeLayer, target: LoraMoeLayer, rank_mask: Tensor) -> None:

@@ -44,6 +44,8 @@ class SearchMixture:
         """
         config = next(iter(getattr(model, "peft_config", {}).values()), None)
         plan = config.plan if isinstance(config, LoraMoeConfig) else None
+        if plan is not None:
+            _refuse_structures(plan)
         if not isinstance(config, LoraMoeConfig) or plan is None or not _is_sized(plan, config.router, search):
             raise GuilomoError(
                 f"The model does not carry a mixture of {search.max_experts} experts of rank {search.max_rank} with "
@@ -73,6 +75,17 @@ class SearchMixture:
         experts = self.search.top_k if self.search.top_k_floor else 1
         costs = [experts * sum(s) + self.router_parameters(experts, s.in_features) for s in self.shapes.values()]
         return min(costs) if self.search.min_experts == 0 else sum(costs)
+
+
+def _refuse_structures(plan: Allocation) -> None:
+    """A search weighs experts and rank rows one by one, each at its own price; other structures tie them together."""
+    tied = next((name for name, module in plan.adapted().items() if module.structured), None)
+    if tied is not None:
+        raise GuilomoError(
+            f"Module {tied!r} is no plain mixture (shared_a, sequential_rank or a feed-forward block), so its expert "
+            "count and ranks cannot be searched. Search a plain mixture; guilomo.allocation.with_shared_a turns a plan "
+            "into one with a shared A."
+        )
 
 
 def _is_sized(plan: Allocation, router: str, search: SearchConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of
+from guilomo.tuner.feed_forward import FeedForwardLayer
 from guilomo.tuner.fixed_gates import fixed_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
@@ -12,6 +13,7 @@ from guilomo.tuner.resolve import plan_for_router
 register()
 
 __all__ = [
+    "FeedForwardLayer",
     "LoraMoeConfig",
     "LoraMoeLayer",
     "LoraMoeModel",

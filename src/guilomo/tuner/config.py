@@ -58,7 +58,38 @@ class LoraMoeConfig(PeftConfig):
             "'rank', their rank activations, which costs next to nothing."
         },
     )
-    router: str = field(default="topk", metadata={"help": "topk, dense or fixed."})
+    shared_a: bool = field(
+        default=False,
+        metadata={
+            "help": "All experts of a module read one A of r rows (HydraLoRA, MoSLD); they must have equal ranks."
+        },
+    )
+    drop_connect: float = field(
+        default=0.0,
+        metadata={"help": "Chance to drop an entry of the shared A in training, one draw per forward (MoSLD: 0.1)."},
+    )
+    sequential_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of a second branch that reads the frozen linear's output (Hydra); needs num_experts=1. With "
+            "r=0 it stands alone (SeqLoRA)."
+        },
+    )
+    feed_forward_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Experts of whole feed-forwards, weighted behind the nonlinearity with one router per block "
+            "(MixLoRA). Modules outside of feed-forwards get plain LoRA of rank r."
+        },
+    )
+    feed_forward_blocks: list[list[str]] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linears of a feed-forward in the order of running, such as ['fc1', 'fc2']; one list "
+            "for each kind of block. Unset: the names that are known."
+        },
+    )
+    router: str = field(default="topk", metadata={"help": "topk, topk_of_softmax (not renormalised), dense or fixed."})
     router_weights: list[float] | None = field(
         default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
     )
@@ -121,7 +152,8 @@ class LoraMoeConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        for name, low in (("num_experts", 1), ("r", 1), ("top_k", 1)):
+        least_rank = 0 if isinstance(self.sequential_rank, int) and self.sequential_rank > 0 else 1
+        for name, low in (("num_experts", 1), ("r", least_rank), ("top_k", 1), ("sequential_rank", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise invalid(name, value, f"a whole number of at least {low}")
@@ -129,8 +161,19 @@ class LoraMoeConfig(PeftConfig):
             raise invalid(
                 "top_k", self.top_k, f"at most num_experts = {self.num_experts}", "Lower top_k or raise num_experts."
             )
+        if self.sequential_rank and self.num_experts > 1 and self.allocation is None:
+            raise invalid(
+                "sequential_rank", self.sequential_rank, "0 beside several experts", "Set num_experts=1 and top_k=1."
+            )
+        for names in self.feed_forward_blocks or ():
+            if not isinstance(names, (list, tuple)) or len(names) < 2 or not all(isinstance(n, str) for n in names):
+                raise invalid("feed_forward_blocks", names, "lists of at least two names, the first one to run first")
         if not 0 <= self.lora_dropout < 1:
             raise invalid("lora_dropout", self.lora_dropout, "a probability in [0, 1)")
+        if not 0 <= self.drop_connect < 1:
+            raise invalid("drop_connect", self.drop_connect, "a probability in [0, 1)")
+        if self.drop_connect and not self.shared_a:
+            raise invalid("drop_connect", self.drop_connect, "0 unless shared_a=True", "Set shared_a=True.")
         if self.bias != "none":
             raise invalid("bias", self.bias, "'none'", "Name the modules whose biases to train in modules_to_save.")
         for name in ("balance_coefficient", "z_loss_coefficient"):

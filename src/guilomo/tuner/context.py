@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from guilomo.layers.attach import LossScale
 from guilomo.layers.balance import RouterStatistics
+from guilomo.layers.feed_forward import Slots
 from guilomo.tuner.loss_scale import measure_loss_scale, token_share
 from guilomo.tuner.shared_input import SharedInputs
 
@@ -48,6 +49,7 @@ class RoutingContext:
         training_rows: how many leading rows of a split batch are training rows; None for an ordinary batch.
         attach_losses: False while a loss is wanted without the routers' auxiliary losses.
         collected: where auxiliary losses go instead of into the backward, for second derivatives; None: attached.
+        slots: the chosen experts of the feed-forward blocks that have begun and not ended, by adapter and block.
         total: adds up router statistics over processes before a router loss is made of them; None: each its own.
         shared: the layers that read the same input.
     """
@@ -63,6 +65,7 @@ class RoutingContext:
     training_rows: int | None = None
     attach_losses: bool = True
     collected: list[Tensor] | None = None
+    slots: dict[str, Slots] = field(default_factory=dict)
     total: Callable[[RouterStatistics], RouterStatistics] | None = None
     shared: SharedInputs = field(default_factory=SharedInputs)
 
@@ -133,6 +136,7 @@ def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs:
     context.batch_size = first.shape[0] if first is not None else None
     context.pending.clear()
     context.shared.forget()
+    context.slots.clear()
     if first is not None and torch.is_grad_enabled():
         context.scale.reset(first.device)
     context.in_forward = True

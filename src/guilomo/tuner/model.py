@@ -11,10 +11,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from guilomo.allocation.plan import Allocation
+from guilomo.allocation.plan import Allocation, ModulePlan
 from guilomo.errors import GuilomoError
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import context_of, remove_context
+from guilomo.tuner.feed_forward import FeedForwardLayer
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.modules import linear_shape
 from guilomo.tuner.resolve import balance_groups, resolve_allocation
@@ -35,6 +36,7 @@ class LoraMoeModel(BaseTuner):
     def _resolve(self, model: nn.Module, config: LoraMoeConfig, adapter_name: str) -> None:
         """Fixes the plan of an adapter and writes it into its config, from where it is saved."""
         plan = resolve_allocation(model, config)
+        _refuse_two_kinds(model, plan)
         config.allocation = plan.to_dict()
         # The plan says these now; PEFT would warn about patterns and exclusions that match nothing it adapts.
         config.rank_pattern = {}
@@ -72,7 +74,8 @@ class LoraMoeModel(BaseTuner):
             return
         shape = linear_shape(target)
         assert shape is not None, "the plan was checked against the model's linear layers"
-        layer = LoraMoeLayer(target, current_key, shape, context_of(self.model))
+        kind = _layer_class(plan[current_key])
+        layer = kind(target, current_key, shape, context_of(self.model))
         layer._active_adapter = adapter_name
         layer.quantization_backend = resolve_quantization_backend(target, **self._torchao_options())
         layer.update_layer(adapter_name, plan, config, loss)
@@ -114,6 +117,20 @@ class LoraMoeModel(BaseTuner):
         )
         refuse_other_weights(model, adapter_name, remapped)
         return remapped
+
+
+def _layer_class(plan: ModulePlan) -> type[LoraMoeLayer]:
+    return FeedForwardLayer if plan.role else LoraMoeLayer
+
+
+def _refuse_two_kinds(model: nn.Module, plan: Allocation) -> None:
+    for name, module in plan.adapted().items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, LoraMoeLayer) and type(layer) is not _layer_class(module):
+            raise GuilomoError(
+                f"Module {name!r} already has an adapter of another kind: experts of whole feed-forwards and other "
+                "mixtures cannot share it. Attach this adapter to a base model of its own."
+            )
 
 
 def refuse_other_weights(model: nn.Module, adapter_name: str, given: dict[str, Tensor]) -> None:

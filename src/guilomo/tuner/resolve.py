@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from guilomo.allocation import Allocation, ModulePlan, ModuleShape, layers_of
+from guilomo.allocation.blocks import FEED_FORWARDS, find_blocks, with_roles
+from guilomo.allocation.modules import plan_module
 from guilomo.errors import GuilomoError, invalid
 from guilomo.layers.routers import router_class
 from guilomo.tuner.config import LoraMoeConfig
@@ -25,24 +28,34 @@ def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
     """
     plan = config.plan
     if plan is None:
-        plan = _plan_from_fields(target_shapes(model, config), config)
+        plan = _plan_from_fields(target_shapes(model, config), config, adaptable_modules(model))
     else:
         shapes = adaptable_modules(model)
         _refuse_unknown(plan, shapes)
         plan.check_against({name: shape for name, shape in shapes.items() if name in plan.modules})
+        _refuse_other_structure(plan, config)
     if not plan.adapted():
         raise GuilomoError(
             "The allocation gives no experts to any module, so there is nothing to train. "
             "Give at least one module a non-empty list of ranks."
         )
+    _refuse_one_expert_per_token(plan, config)
     return plan_for_router(plan, config.router)
+
+
+def _refuse_one_expert_per_token(plan: Allocation, config: LoraMoeConfig) -> None:
+    """With K = 1 the weight is the probability itself, and would scale down the frozen feed-forward with its expert."""
+    for name, module in plan.adapted().items():
+        if module.role and module.top_k == 1 and config.router == "topk":
+            remedy = "Choose top_k of at least 2, so that the weights sum to 1 and training starts at the base model."
+            raise invalid(f"top_k of {name}", 1, "at least 2 in a feed-forward block", remedy)
 
 
 def plan_for_router(plan: Allocation, router: str) -> Allocation:
     """The plan with top-k as the router has it: dense routers choose every expert, whatever the plan says."""
     if not router_class(router).dense:
         return plan
-    everyone = {n: replace(m, top_k=m.experts) if m.adapted else m for n, m in plan.modules.items()}
+    everyone = {n: replace(m, top_k=m.experts) if m.ranks else m for n, m in plan.modules.items()}
     return replace(plan, modules=everyone)
 
 
@@ -55,18 +68,45 @@ def _refuse_unknown(plan: Allocation, shapes: dict[str, ModuleShape]) -> None:
             raise invalid("allocation module", name, f"one of the model's {len(shapes)} linear layers", remedy)
 
 
-def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig) -> Allocation:
+def _refuse_other_structure(plan: Allocation, config: LoraMoeConfig) -> None:
+    """What the config asks for beside a plan must be what the plan says, for the plan has the last word."""
+    for name, module in plan.adapted().items():
+        if config.shared_a and module.experts > 1 and not module.shared_a:
+            remedy = "Give it guilomo.allocation.with_shared_a(plan), or leave shared_a out."
+            raise invalid("shared_a", True, f"False, for the allocation gives {name!r} an A for every expert", remedy)
+    several = any(module.experts > 1 for module in plan.modules.values())
+    if config.feed_forward_experts and several and not any(module.role for module in plan.modules.values()):
+        remedy = "Give the allocation's modules their role and block, or leave feed_forward_experts out."
+        raise invalid("feed_forward_experts", True, "False, for the allocation has no feed-forward block", remedy)
+    if config.sequential_rank and not any(module.sequential_rank for module in plan.modules.values()):
+        remedy = "Give the allocation's modules their sequential_rank, or leave it out here."
+        raise invalid("sequential_rank", config.sequential_rank, "0, for the allocation has no such branch", remedy)
+
+
+def _blocks(linears: Collection[str], config: LoraMoeConfig) -> dict[str, tuple[str, ...]]:
+    if not config.feed_forward_experts:
+        return {}
+    return find_blocks(linears, config.feed_forward_blocks or FEED_FORWARDS)
+
+
+def _plan_from_fields(shapes: dict[str, ModuleShape], config: LoraMoeConfig, linears: Collection[str]) -> Allocation:
     """``num_experts`` experts of rank ``r`` everywhere, changed by ``rank_pattern``."""
     _refuse_unmatched(config.rank_pattern, shapes)
-    modules = {name: _module_plan(name, shape, config) for name, shape in shapes.items()}
+    blocks = _blocks(linears, config)
+    inside = {name for members in blocks.values() for name in members}
+    experts = {name: config.num_experts if name in inside or not config.feed_forward_experts else 1 for name in shapes}
+    modules = {name: _module_plan(name, shape, config, experts[name]) for name, shape in shapes.items()}
+    if config.feed_forward_experts:
+        modules = with_roles(modules, blocks)
     return Allocation(modules, scaling=config.scaling, alpha=config.lora_alpha, strategy="config")
 
 
-def _module_plan(name: str, shape: ModuleShape, config: LoraMoeConfig) -> ModulePlan:
+def _module_plan(name: str, shape: ModuleShape, config: LoraMoeConfig, experts: int) -> ModulePlan:
     asked = next((v for p, v in config.rank_pattern.items() if _matches(p, name)), config.r)
-    ranks = tuple(_ranks(name, asked, config.num_experts))
+    sequential = 0 if asked == [] else config.sequential_rank
+    ranks = () if asked == 0 and sequential else tuple(_ranks(name, asked, experts))
     top_k = min(config.top_k, len(ranks)) if ranks else config.top_k
-    return ModulePlan(*shape, ranks=ranks, top_k=top_k)
+    return plan_module(name, shape, ranks, top_k, shared_a=config.shared_a, sequential_rank=sequential)
 
 
 def _ranks(name: str, asked: Any, experts: int) -> list[int]:
@@ -95,7 +135,7 @@ def balance_groups(plan: Allocation, over: str) -> dict[str, list[str]]:
     Modules outside the layers (a pooler) stay alone: gradient checkpointing recomputes layer by layer, and a group must
     not reach across.
     """
-    routed = [name for name, module in plan.adapted().items() if module.experts > 1]
+    routed = [name for name, module in plan.adapted().items() if module.routes]
     if over == "module":
         return {name: [name] for name in routed}
     groups: dict[str, list[str]] = {}

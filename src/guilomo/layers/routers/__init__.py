@@ -8,9 +8,15 @@ from guilomo.errors import unknown
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
 from guilomo.layers.routers.topk import TopKRouter
+from guilomo.layers.routers.topk_of_softmax import TopKOfSoftmaxRouter
 from guilomo.layers.routing import Router
 
-ROUTERS: dict[str, type[Router]] = {"topk": TopKRouter, "dense": DenseRouter, "fixed": FixedRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopKRouter,
+    "topk_of_softmax": TopKOfSoftmaxRouter,
+    "dense": DenseRouter,
+    "fixed": FixedRouter,
+}
 
 
 def router_class(name: str) -> type[Router]:
@@ -26,4 +32,12 @@ def cost_of_router(name: str) -> Callable[[int, int], int]:
     return lambda experts, in_features: count(experts, in_features) if experts > 1 else 0
 
 
-__all__ = ["ROUTERS", "DenseRouter", "FixedRouter", "TopKRouter", "cost_of_router", "router_class"]
+__all__ = [
+    "ROUTERS",
+    "DenseRouter",
+    "FixedRouter",
+    "TopKOfSoftmaxRouter",
+    "TopKRouter",
+    "cost_of_router",
+    "router_class",
+]
