@@ -11,6 +11,7 @@ from guilomo.layers import ExpertLayout
 from guilomo.layers.fused import MANY_TOKENS, expand, precise_product, shrink
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.layers.routers import TopKRouter
+from guilomo.layers.routing import Tokens
 from mixture_cases import CASES
 
 I, O = 13, 7  # noqa: E741  odd on purpose: nothing may rely on powers of two
@@ -44,7 +45,7 @@ def fused(
 ) -> Tensor:
     spread = ExpertLayout(ranks, scales_of(ranks)).to(x.dtype).spread
     read, h, logits = shrink(x, a, rows if len(ranks) > 1 else None, n, drop, in_place)
-    routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits)
+    routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits, Tokens(logits))
     return expand(F.linear(read, w0), h, routing, spread, mask, b, n, in_place)
 
 

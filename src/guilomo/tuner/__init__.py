@@ -1,7 +1,7 @@
 """The PEFT tuner: `LoraMoeConfig` attaches packed mixtures of LoRA experts to any transformers model."""
 
 from guilomo.tuner.config import LoraMoeConfig
-from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of
+from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of, tasks_given
 from guilomo.tuner.fixed_gates import fixed_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
@@ -22,4 +22,5 @@ __all__ = [
     "fixed_gates",
     "plan_for_router",
     "target_shapes",
+    "tasks_given",
 ]

@@ -19,9 +19,8 @@ from guilomo.layers.balance import EVERYTHING, router_statistics
 from guilomo.layers.fused import computation_dtype, expand, shrink
 from guilomo.layers.packed import ExpertLayout, packed_delta
 from guilomo.layers.paths import SORTS_FROM, forced, sorting_pays
-from guilomo.layers.routers import router_class
-from guilomo.layers.routers.linear import LinearRouter
-from guilomo.layers.routing import Router, Routing
+from guilomo.layers.routers import TopKRouter, router_class, router_options
+from guilomo.layers.routing import NOWHERE, Place, Router, Routing, Tokens
 from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
 from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
@@ -36,13 +35,14 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     """``y = W0 x + B (s * gate * A x)`` for every active adapter.
 
     Parameters, keyed by adapter name: ``molora_A (R, I)``, ``molora_B (O, R)``, ``molora_router`` (absent for a single
-    expert, whose gate is 1). ``molora_layout`` holds the ranks, saved with the weights.
+    expert, whose gate is 1), ``molora_shared`` (what routers have in common, in the first layer of those that share
+    it). ``molora_layout`` holds the ranks, saved with the weights.
 
     The base layer is any module with ``in_features`` and ``out_features`` (`nn.Linear`, transformers' `Conv1D`,
     quantised linears); it is only ever called, never read.
     """
 
-    adapter_layer_names = ("molora_A", "molora_B", "molora_router")
+    adapter_layer_names = ("molora_A", "molora_B", "molora_router", "molora_shared")
     other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "fixed_gates")
 
     def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
@@ -54,6 +54,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_A = nn.ParameterDict()
         self.molora_B = nn.ParameterDict()
         self.molora_router = nn.ModuleDict()
+        self.molora_shared = nn.ModuleDict()
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_loss: dict[str, RouterLoss] = {}
@@ -61,8 +62,22 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter: str, plan: Allocation, config: LoraMoeConfig, loss: RouterLoss) -> None:
-        """Adds or replaces the experts of one adapter, as `plan` says for this module."""
+    def update_layer(
+        self,
+        adapter: str,
+        plan: Allocation,
+        config: LoraMoeConfig,
+        loss: RouterLoss,
+        place: Place = NOWHERE,
+        hosts: bool = False,
+    ) -> None:
+        """Adds or replaces the experts of one adapter, as `plan` says for this module.
+
+        Args:
+            adapter: its name. plan: of the whole model. config: of the adapter. loss: of the group of this module.
+            place: where the module stands in the model.
+            hosts: whether the shared part of `place` is saved and trained with this module.
+        """
         module = plan[self.name]
         a = nn.Parameter(torch.empty(module.rank, self.in_features))
         b = nn.Parameter(torch.zeros(self.out_features, module.rank))
@@ -75,9 +90,11 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_dropout[adapter] = nn.ModuleDict({config.dropout_on: nn.Dropout(config.lora_dropout)})
         self.molora_loss[adapter] = loss
         if module.experts > 1:
-            options = {"weights": config.router_weights} if config.router == "fixed" else {}
-            router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)
-            self.molora_router[adapter] = router
+            kind: Any = router_class(config.router)
+            options = router_options(config.router, config.router_options)
+            self.molora_router[adapter] = kind(self.in_features, module.experts, module.top_k, place, **options)
+            if hosts and place.shared is not None:
+                self.molora_shared[adapter] = place.shared
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
 
@@ -111,7 +128,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         router = self._router(adapter)
         searching = self.context.masks.get(self.name) is not None or self.context.training_rows is not None
         dropping = self._drops(adapter, "input") > 0 or self._drops(adapter, "rank") > 0
-        if not isinstance(router, LinearRouter) or router.dense or searching or dropping or not self._unseen():
+        if not isinstance(router, TopKRouter) or searching or dropping or not self._unseen():
             return False
         a = self.molora_A[adapter]
         dtype = computation_dtype(x, a)
@@ -123,7 +140,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         assert router is not None
         read, _, logits = shrink(x, a.detach()[:0], router.score_rows, None, 0.0, True)
         assert logits is not None
-        routing = router.route(logits)
+        routing = self._route(router, logits, x, None, None)
         order = sort_tokens(routing.chosen, layout.all_ranks)
         read, h = gather_shrink(read, a.to(computation_dtype(x, a)), order)
 
@@ -138,7 +155,10 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         masks, split = self.context.masks_for(self.name, x), self.context.split_at(x)
         wide = self._cast_input_dtype(x, a.dtype)
         router = self._router(adapter)
-        routing = None if router is None else _route(router, _logits(router, wide, split), masks, split)
+        routing = None
+        if router is not None:
+            read = F.linear(wide, a) if router.reads_ranks else wide
+            routing = self._route(router, _logits(router, read, split), wide, masks, split)
         weights = None if routing is None else routing.weights
         rank_mask = None if masks is None else masks.rank
 
@@ -156,11 +176,12 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         router = self._router(adapter)
         rows = None if router is None else router.score_rows
         read, h, logits = shrink(x, self.molora_A[adapter], rows, split, self._drops(adapter, "input"), self._unseen())
+        if router is not None and logits is None:
+            seen = h.view(*x.shape[:-1], -1) if router.reads_ranks else x
+            logits = _logits(router, seen, split)
+        routing = None if router is None or logits is None else self._route(router, logits, x, masks, split)
         if (drop := self._drops(adapter, "rank")) > 0:
             h = F.dropout(h, drop)
-        if router is not None and logits is None:
-            logits = _logits(router, x, split)
-        routing = None if router is None or logits is None else _route(router, logits, masks, split)
         rank_mask = None if masks is None or masks.rank is None else masks.rank
         if rank_mask is not None and rank_mask.dim() > 1:
             rank_mask = rank_mask.reshape(len(rank_mask), -1)
@@ -170,6 +191,31 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             return y if routing is None else self._attach_losses(y, x, routing, adapter)
 
         return read, add
+
+    def _route(
+        self, router: Router, logits: Tensor, x: Tensor, masks: SelectionMasks | None, split: int | None
+    ) -> Routing:
+        """The routing of the tokens of `x`, which the router is told of unless it is a recomputation."""
+        tokens = self._tokens(router, x)
+        routing = _route(router, logits, tokens, masks, split)
+        if self.training and self.context.in_forward:
+            router.observe(routing, tokens)
+        return routing
+
+    def _tokens(self, router: Router, x: Tensor) -> Tokens:
+        if not router.reads:
+            return Tokens(x)
+        real = self.context.counted(x) if "real" in router.reads else None
+        return Tokens(x, real, self.context.tasks_for(x) if "task" in router.reads else None)
+
+    def routing(self, x: Tensor, adapter: str = "default") -> Routing | None:
+        """The routing of ``x (N, ..., I)`` by an adapter; None for a single expert."""
+        router = self._router(adapter)
+        if router is None:
+            return None
+        x = self._cast_input_dtype(x, self.molora_A[adapter].dtype)
+        read = F.linear(x, self.molora_A[adapter]) if router.reads_ranks else x
+        return router.route(router.logits(read), self._tokens(router, x))
 
     def _unseen(self) -> bool:
         """Whether nobody else sees what the frozen layer makes: its output and the gradient of its input.
@@ -210,8 +256,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         needed = loss.active and self.training and self.context.attach_losses and torch.is_grad_enabled()
         if not needed and not self.context.record:
             return y
-        wanted = EVERYTHING if self.context.record else loss.reads
-        statistics = router_statistics(routing, self.context.counted(x), wanted)
+        wanted = (EVERYTHING if self.context.record else frozenset()) | (loss.reads if needed else frozenset())
+        tasks = self.context.task if "rows" in wanted else None
+        statistics = router_statistics(routing, self.context.counted(x), wanted, tasks)
         if adapter == self.active_adapters[0]:  # one record per module: adapters may differ in their expert counts
             self.context.observe(self.name, statistics)
         value = loss(self.context, statistics) if needed else None
@@ -284,11 +331,11 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         return "molora." + super().__repr__()
 
 
-def _route(router: Router, logits: Tensor, masks: SelectionMasks | None, split: int | None) -> Routing:
+def _route(router: Router, logits: Tensor, tokens: Tokens, masks: SelectionMasks | None, split: int | None) -> Routing:
     """The routing under a search's masks."""
     if masks is not None and masks.log_expert is not None:
         logits = shift_by_held_out_rows(logits, masks.log_expert.to(logits.dtype), split)
-    return router.route(logits)
+    return router.route(logits, tokens)
 
 
 def _logits(router: Router, x: Tensor, n: int | None) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from guilomo.errors import unknown
+from guilomo.layers.options import completed, defaults_of
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
 from guilomo.layers.routers.topk import TopKRouter
@@ -20,10 +23,50 @@ def router_class(name: str) -> type[Router]:
     return ROUTERS[name]
 
 
-def cost_of_router(name: str) -> Callable[[int, int], int]:
-    """Trainable parameters of the named router as a function of ``(experts, in_features)``; one expert has none."""
-    count = router_class(name).parameters_for
-    return lambda experts, in_features: count(experts, in_features) if experts > 1 else 0
+def router_options(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """All options of the named router, those not given at their defaults.
+
+    Raises:
+        GuilomoError: no such router or option, or a value that cannot work.
+    """
+    kind = router_class(name)
+    found = completed("router_options", f"router={name!r}", options or {}, defaults_of(kind))
+    kind.check_options(**found)
+    return found
 
 
-__all__ = ["ROUTERS", "DenseRouter", "FixedRouter", "TopKRouter", "cost_of_router", "router_class"]
+@dataclass(frozen=True)
+class RouterPrice:
+    """Trainable parameters of the named router, as plans and budgets ask for them."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, experts: int, in_features: int) -> int:
+        """Of one module; one expert has no router. Shared parts are not counted."""
+        kind, options = router_class(self.name), router_options(self.name, self.options)
+        return kind.parameters_for(experts, in_features, **options) if experts > 1 else 0
+
+    def shared(self, modules: Iterable[tuple[int, int]]) -> int:
+        """Of what the routers of modules with these ``(experts, in_features)`` have in common, each part once."""
+        kind, options = router_class(self.name), router_options(self.name, self.options)
+        parts = {kind.shared_key(*module): module for module in modules if module[0] > 1}
+        return sum(kind.shared_parameters(*module, **options) for key, module in parts.items() if key is not None)
+
+
+def cost_of_router(name: str, options: dict[str, Any] | None = None) -> RouterPrice:
+    """What the named router costs, as a function of ``(experts, in_features)``."""
+    router_class(name)
+    return RouterPrice(name, options or {})
+
+
+__all__ = [
+    "ROUTERS",
+    "DenseRouter",
+    "FixedRouter",
+    "RouterPrice",
+    "TopKRouter",
+    "cost_of_router",
+    "router_class",
+    "router_options",
+]

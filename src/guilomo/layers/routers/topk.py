@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guilomo.layers.routers.linear import LinearRouter
-from guilomo.layers.routing import Routing, softmax_over_experts
+from guilomo.layers.routing import Routing, Tokens, softmax_over_experts
 
 
 class TopKRouter(LinearRouter):
@@ -20,7 +20,9 @@ class TopKRouter(LinearRouter):
     weight is the probability itself, as in the Switch transformer (arXiv 2101.03961).
     """
 
-    def route(self, logits: Tensor) -> Routing:
+    searchable = True
+
+    def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         if self.top_k == self.experts:
             return Routing(softmax_over_experts(logits), logits)
         if self.top_k > 1 and not torch.is_grad_enabled():
