@@ -126,7 +126,8 @@ class Router(nn.Module):
     """Base of all routers. A subclass implements `logits` and `route` and says what it costs and assumes.
 
     Constructors take ``(in_features, experts, top_k, place)``; keyword-only arguments beside these are the router's
-    options, by the names that users write in ``router_options``, with their defaults.
+    options, by the names that users write in ``router_options``, with their defaults. Parameters and buffers lie
+    directly on the router and on its shared part: PEFT finds the adapter's name in a key only one level above the end.
 
     Class attributes:
         static: the weights do not depend on the token, so the mixture can be merged into the frozen weight.

@@ -10,10 +10,22 @@ from guilomo.errors import unknown
 from guilomo.layers.options import completed, defaults_of
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
+from guilomo.layers.routers.sinkhorn import SinkhornRouter
+from guilomo.layers.routers.sparsegen import SparsegenRouter
+from guilomo.layers.routers.threshold import ThresholdRouter
+from guilomo.layers.routers.top_p import TopPRouter
 from guilomo.layers.routers.topk import TopKRouter
 from guilomo.layers.routing import Router
 
-ROUTERS: dict[str, type[Router]] = {"topk": TopKRouter, "dense": DenseRouter, "fixed": FixedRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopKRouter,
+    "dense": DenseRouter,
+    "fixed": FixedRouter,
+    "sparsegen": SparsegenRouter,
+    "threshold": ThresholdRouter,
+    "top_p": TopPRouter,
+    "sinkhorn": SinkhornRouter,
+}
 
 
 def router_class(name: str) -> type[Router]:
@@ -65,7 +77,11 @@ __all__ = [
     "DenseRouter",
     "FixedRouter",
     "RouterPrice",
+    "SinkhornRouter",
+    "SparsegenRouter",
+    "ThresholdRouter",
     "TopKRouter",
+    "TopPRouter",
     "cost_of_router",
     "router_class",
     "router_options",
