@@ -18,8 +18,12 @@ CASES: dict[str, dict[str, Any]] = {
     "threshold": {},
     "top_p": {"router_options": {"mass": 0.5}, "router_loss_coefficient": 0.1},
     "sinkhorn": {"router_options": {"q": 1.0, "xi": 0.5}, "balance_loss": None},
+    "task": {"router_options": {"tasks": 3, "width": 5}},
+    "meteora": {"router_options": {"temperature": 2.0}, "router_loss_coefficient": 0.1},
+    "lora_mixer": {"balance_loss": "rsl", "balance_coefficient": 0.1},
+    "hmora": {"router_options": {"tasks": 3, "hidden": 5}, "balance_loss": "divergence", "balance_coefficient": 0.1},
 }
-TASKED: frozenset[str] = frozenset()
+TASKED = frozenset({"task", "meteora", "hmora"})
 """Those that read tasks."""
 MERGEABLE = frozenset({"fixed"})
 

@@ -62,7 +62,7 @@ def test_fixed_refuses_weights_that_do_not_fit(weights: list[float]) -> None:
 
 
 def test_unknown_router_proposes_the_nearest() -> None:
-    with pytest.raises(GuilomoError, match=r"router = 'topq'.*dense, fixed, topk.*'topk'"):
+    with pytest.raises(GuilomoError, match=r"router = 'topq'.*dense, fixed, .*topk.*'topk'"):
         router_class("topq")
 
 

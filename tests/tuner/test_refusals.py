@@ -39,6 +39,8 @@ from tiny_models import build, inputs_for
             {"router": "fixed", "router_options": {"weights": [0.0, 1.0]}},
             r"options\['weights'\].*positive numbers",
         ),
+        ({"router_loss_coefficient": 1.0}, r"router_loss_coefficient = 1\.0.*no loss of its own.*sparsegen"),
+        ({"router": "task"}, r"router_options\['tasks'\] = None.*router_options=\{'tasks': 3\}"),
         ({"router_loss_coefficient": -1.0}, r"router_loss_coefficient = -1\.0.*at least 0"),
         ({"balance_options": {"delta": 0.1}}, r"balance_options name = 'delta'.*none: balance_loss='switch' has none"),
         (

@@ -85,7 +85,7 @@ def router_statistics(
         tasks: ``(B,)`` int64 of the rows of the batch, for "rows" alone.
 
     Raises:
-        GuilomoError: "rows" are wanted without tasks.
+        GuilomoError: "rows" are wanted without tasks, or the "penalty" of a router that has none.
     """
     logits = routing.logits
     share = None if real is None else real.reshape(-1).to(logits.dtype)
@@ -117,7 +117,9 @@ def _entropy(weights: Tensor) -> Tensor:
 
 
 def _penalty(routing: Routing) -> Tensor:
-    return routing.logits.new_zeros(routing.logits.shape[:-1]) if routing.penalty is None else routing.penalty
+    if routing.penalty is None:  # routers that never have one were refused, so that this one lacks what it is made of
+        raise GuilomoError(MISSING_TASKS)
+    return routing.penalty
 
 
 _PER_TOKEN: dict[str, Callable[[Routing], Tensor]] = {

@@ -28,7 +28,7 @@ class Routing:
         given: ``(T, E)`` the weights below; or, without gradients, ``(T, K)`` those of the experts `kept` alone.
         logits: ``(T, E)`` the scores the weights came from.
         kept: the experts that take part: ``(T, K)`` int64 indices, or ``(T, E)`` bool; None for all.
-        penalty: ``(T,)`` the router's own loss of each token, unweighted; None for a router that has none.
+        penalty: ``(T,)`` the router's own loss of each token, unweighted, in training; None where there is none.
     """
 
     given: Tensor
@@ -134,6 +134,7 @@ class Router(nn.Module):
         static_by_task: they depend on nothing but the token's task, so it can be merged for one task.
         dense: every expert is always chosen, so the plan's top-k does not apply.
         searchable: an offset of the logits takes weight from an expert and gives it to the others, as searches need.
+        own_loss: whether training gives a `Routing.penalty`, for ``router_loss_coefficient`` to weigh.
         balanced: whether balance losses and the z-loss can do anything for it.
         reads: the optional fields of `Tokens` that it reads.
         reads_ranks: the scores are made of the rank activations; `logits` is given ``A x (..., R)`` in place of x.
@@ -143,6 +144,7 @@ class Router(nn.Module):
     static_by_task: bool = False
     dense: bool = False
     searchable: bool = False
+    own_loss: bool = False
     balanced: bool = True
     reads: ClassVar[frozenset[str]] = frozenset()
     reads_ranks: bool = False

@@ -2,12 +2,13 @@
 
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of, tasks_given
-from guilomo.tuner.fixed_gates import fixed_gates
+from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
+from guilomo.tuner.trained import train_only_routers
 
 register()
 
@@ -22,5 +23,7 @@ __all__ = [
     "fixed_gates",
     "plan_for_router",
     "target_shapes",
+    "task_gates",
     "tasks_given",
+    "train_only_routers",
 ]

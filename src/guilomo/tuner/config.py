@@ -13,7 +13,7 @@ from guilomo.allocation.plan import SCALINGS, Allocation
 from guilomo.errors import invalid, unknown
 from guilomo.files import check_checksum, refuse_pickle, write_checksum
 from guilomo.layers.balance import BALANCE_FORMS, check_balance_options
-from guilomo.layers.routers import router_class, router_options
+from guilomo.layers.routers import ROUTERS, router_class, router_options
 from guilomo.tuner.card import add_loading_section
 
 
@@ -167,6 +167,10 @@ class LoraMoeConfig(PeftConfig):
                 off = "null" if name == "balance_loss" else "0"
                 reason = f"{off} with router={self.router!r}, which takes no such loss"
                 raise invalid(name, getattr(self, name), reason, f"Set {name} to {off}.")
+        if self.router_loss_coefficient > 0 and not kind.own_loss:
+            with_one = ", ".join(name for name, other in ROUTERS.items() if other.own_loss)
+            reason = f"0 with router={self.router!r}, which has no loss of its own (those that do: {with_one})"
+            raise invalid("router_loss_coefficient", self.router_loss_coefficient, reason)
         if kind.reads_ranks and self.lora_dropout > 0 and self.dropout_on == "input":
             remedy = "The router reads the rank activations: set lora_dropout to 0 or dropout_on to 'rank'."
             raise invalid("lora_dropout", self.lora_dropout, f"0 with router={self.router!r}", remedy)

@@ -287,11 +287,14 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if adapter not in self.molora_router:
             return torch.ones(1, device=self.molora_A[adapter].device)
         router = self.molora_router[adapter]
+        if getattr(router, "static_by_task", False) and adapter in self.fixed_gates:
+            return self.fixed_gates[adapter]
         if not getattr(router, "static", False):
             raise GuilomoError(
                 f"Module {self.name!r} of adapter {adapter!r} cannot be merged: its gates depend on the token "
-                f"({type(router).__name__}). Keep the adapter unmerged (PeftModel.from_pretrained), or train with "
-                "router='fixed' or one expert per module if it must be merged."
+                f"({type(router).__name__}). {_of_one_task(router)}Keep the adapter unmerged "
+                "(PeftModel.from_pretrained), or train with router='fixed' or one expert per module if it must be "
+                "merged."
             )
         return router(self.molora_A[adapter].new_zeros(1, self.in_features)).weights[0]  # type: ignore[no-any-return]
 
@@ -329,6 +332,13 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
+
+
+def _of_one_task(router: nn.Module) -> str:
+    """What can be merged of a router whose gates are the same for all tokens of a task."""
+    if not getattr(router, "static_by_task", False):
+        return ""
+    return "One task can be merged: do it within guilomo.tuner.fixed_gates(model, task_gates(model, task)). "
 
 
 def _route(router: Router, logits: Tensor, tokens: Tokens, masks: SelectionMasks | None, split: int | None) -> Routing:

@@ -10,8 +10,12 @@ from guilomo.errors import unknown
 from guilomo.layers.options import completed, defaults_of
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
+from guilomo.layers.routers.hmora import HmoraRouter
+from guilomo.layers.routers.lora_mixer import LoraMixerRouter
+from guilomo.layers.routers.meteora import MeteoraRouter
 from guilomo.layers.routers.sinkhorn import SinkhornRouter
 from guilomo.layers.routers.sparsegen import SparsegenRouter
+from guilomo.layers.routers.task import TaskRouter
 from guilomo.layers.routers.threshold import ThresholdRouter
 from guilomo.layers.routers.top_p import TopPRouter
 from guilomo.layers.routers.topk import TopKRouter
@@ -25,6 +29,10 @@ ROUTERS: dict[str, type[Router]] = {
     "threshold": ThresholdRouter,
     "top_p": TopPRouter,
     "sinkhorn": SinkhornRouter,
+    "task": TaskRouter,
+    "meteora": MeteoraRouter,
+    "lora_mixer": LoraMixerRouter,
+    "hmora": HmoraRouter,
 }
 
 
@@ -76,9 +84,13 @@ __all__ = [
     "ROUTERS",
     "DenseRouter",
     "FixedRouter",
+    "HmoraRouter",
+    "LoraMixerRouter",
+    "MeteoraRouter",
     "RouterPrice",
     "SinkhornRouter",
     "SparsegenRouter",
+    "TaskRouter",
     "ThresholdRouter",
     "TopKRouter",
     "TopPRouter",

@@ -36,6 +36,7 @@ class SparsegenRouter(LinearRouter):
     """
 
     dense = True
+    own_loss = True
 
     def __init__(
         self,
@@ -73,7 +74,8 @@ class SparsegenRouter(LinearRouter):
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         lam = self._held[0](tokens.x).to(logits.dtype)
         weights = sparsegen(logits, lam)
-        return Routing(weights, logits, weights.detach() > 0, self._penalty(logits.detach(), lam))
+        penalty = self._penalty(logits.detach(), lam) if self.training else None
+        return Routing(weights, logits, weights.detach() > 0, penalty)
 
     def _penalty(self, logits: Tensor, lam: Tensor) -> Tensor:
         return (lowest_lambda(logits, self.target) - lam.squeeze(-1)).relu()

@@ -26,6 +26,7 @@ class TopPRouter(LinearRouter):
     """
 
     dense = True
+    own_loss = True
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class TopPRouter(LinearRouter):
         weights = p * kept
         if self.renormalize == "top_p":
             weights = weights / weights.sum(-1, keepdim=True)
-        penalty = -(p * logits.log_softmax(-1)).sum(-1)
+        penalty = -(p * logits.log_softmax(-1)).sum(-1) if self.training else None
         return Routing(weights, logits, kept, penalty)
 
 

@@ -29,12 +29,19 @@ class TopKRouter(LinearRouter):
             values, kept = largest(logits, self.top_k)
             return Routing(softmax_over_experts(values), logits, kept)
         _, kept = largest(logits.detach(), self.top_k)
-        if self.top_k == 1 or torch.compiler.is_compiling():
+        if self.top_k == 1:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
-            scores = logits if self.top_k == 1 else logits.masked_fill(~chosen, float("-inf"))
-            return Routing(softmax_over_experts(scores) * chosen, logits, kept)
-        weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
-        return Routing(weights, logits, kept)
+            return Routing(softmax_over_experts(logits) * chosen, logits, kept)
+        return Routing(softmax_over_kept(logits, kept), logits, kept)
+
+
+def softmax_over_kept(logits: Tensor, kept: Tensor) -> Tensor:
+    """``(..., E)``: the softmax over the kept ``(..., K)`` of ``logits (..., E)``, and 0 elsewhere."""
+    if torch.compiler.is_compiling():
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
+        return softmax_over_experts(logits.masked_fill(~chosen, float("-inf"))) * chosen
+    weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
+    return weights
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
