@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     "meteora": {"router_options": {"temperature": 2.0}, "router_loss_coefficient": 0.1},
     "lora_mixer": {"balance_loss": "rsl", "balance_coefficient": 0.1},
     "hmora": {"router_options": {"tasks": 3, "hidden": 5}, "balance_loss": "divergence", "balance_coefficient": 0.1},
+    "loss_free": {"router_options": {"rate": 0.1}},
+    "flylora": {"router_options": {"rate": 0.1}, "r": 1, "balance_loss": None},
 }
 TASKED = frozenset({"task", "meteora", "hmora"})
 """Those that read tasks."""

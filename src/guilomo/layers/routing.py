@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from guilomo.errors import GuilomoError
+from guilomo.layers.frozen import SparseGaussian
 
 
 @dataclass
@@ -137,7 +138,8 @@ class Router(nn.Module):
         own_loss: whether training gives a `Routing.penalty`, for ``router_loss_coefficient`` to weigh.
         balanced: whether balance losses and the z-loss can do anything for it.
         reads: the optional fields of `Tokens` that it reads.
-        reads_ranks: the scores are made of the rank activations; `logits` is given ``A x (..., R)`` in place of x.
+        reads_ranks: the scores are made of the rank activations, one for each expert of rank 1: `logits` is given
+            ``A x (..., R)`` in place of x.
     """
 
     static: bool = False
@@ -177,6 +179,13 @@ class Router(nn.Module):
     def shared_parameters(cls, experts: int, in_features: int, **options: Any) -> int:
         """Trainable parameters of `shared`."""
         return 0
+
+    @classmethod
+    def frozen_rows(
+        cls, module: str, in_features: int, experts: int, top_k: int, **options: Any
+    ) -> SparseGaussian | None:
+        """The recipe of the rank rows ``A (R, I)`` of a module, for routers under which A is not trained."""
+        return None
 
     def logits(self, x: Tensor) -> Tensor:
         """``(..., I) -> (..., E)`` scores, float32 or better whatever the dtype of `x`."""

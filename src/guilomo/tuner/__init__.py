@@ -1,5 +1,6 @@
 """The PEFT tuner: `LoraMoeConfig` attaches packed mixtures of LoRA experts to any transformers model."""
 
+from guilomo.tuner.biases import update_router_biases
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of, tasks_given
 from guilomo.tuner.fixed_gates import fixed_gates, task_gates
@@ -26,4 +27,5 @@ __all__ = [
     "task_gates",
     "tasks_given",
     "train_only_routers",
+    "update_router_biases",
 ]

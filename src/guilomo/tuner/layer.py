@@ -25,6 +25,7 @@ from guilomo.layers.sorted import gather_shrink, scatter_expand, sort_tokens
 from guilomo.layers.split import shift_by_held_out_rows
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import RoutingContext, SelectionMasks
+from guilomo.tuner.factors import DownProjections
 from guilomo.tuner.router_loss import RouterLoss
 
 Addition = Callable[[Tensor], Tensor]
@@ -51,7 +52,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.in_features, self.out_features = shape
         self.context = context
-        self.molora_A = nn.ParameterDict()
+        self.molora_A = DownProjections()
         self.molora_B = nn.ParameterDict()
         self.molora_router = nn.ModuleDict()
         self.molora_shared = nn.ModuleDict()
@@ -84,19 +85,29 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if not config.init_lora_weights:
             nn.init.normal_(b, std=0.02)
+        kind: Any = router_class(config.router)
+        options = router_options(config.router, config.router_options)
+        routed = module.experts > 1
+        recipe = kind.frozen_rows(self.name, self.in_features, module.experts, module.top_k, **options)
+        if routed and recipe is not None:
+            a = nn.Parameter(recipe(), requires_grad=False)
+            self.molora_A.frozen[adapter] = recipe
         self.molora_A[adapter] = a
         self.molora_B[adapter] = b
         self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
         self.molora_dropout[adapter] = nn.ModuleDict({config.dropout_on: nn.Dropout(config.lora_dropout)})
         self.molora_loss[adapter] = loss
-        if module.experts > 1:
-            kind: Any = router_class(config.router)
-            options = router_options(config.router, config.router_options)
+        if routed:
             self.molora_router[adapter] = kind(self.in_features, module.experts, module.top_k, place, **options)
             if hosts and place.shared is not None:
                 self.molora_shared[adapter] = place.shared
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.molora_A.freeze()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

@@ -10,8 +10,10 @@ from guilomo.errors import unknown
 from guilomo.layers.options import completed, defaults_of
 from guilomo.layers.routers.dense import DenseRouter
 from guilomo.layers.routers.fixed import FixedRouter
+from guilomo.layers.routers.flylora import FlyLoraRouter
 from guilomo.layers.routers.hmora import HmoraRouter
 from guilomo.layers.routers.lora_mixer import LoraMixerRouter
+from guilomo.layers.routers.loss_free import LossFreeRouter
 from guilomo.layers.routers.meteora import MeteoraRouter
 from guilomo.layers.routers.sinkhorn import SinkhornRouter
 from guilomo.layers.routers.sparsegen import SparsegenRouter
@@ -33,6 +35,8 @@ ROUTERS: dict[str, type[Router]] = {
     "meteora": MeteoraRouter,
     "lora_mixer": LoraMixerRouter,
     "hmora": HmoraRouter,
+    "loss_free": LossFreeRouter,
+    "flylora": FlyLoraRouter,
 }
 
 
@@ -84,8 +88,10 @@ __all__ = [
     "ROUTERS",
     "DenseRouter",
     "FixedRouter",
+    "FlyLoraRouter",
     "HmoraRouter",
     "LoraMixerRouter",
+    "LossFreeRouter",
     "MeteoraRouter",
     "RouterPrice",
     "SinkhornRouter",
