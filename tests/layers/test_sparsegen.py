@@ -40,7 +40,7 @@ def test_solves_the_quadratic_program() -> None:
             constraints={"type": "eq", "fun": lambda q: q.sum() - 1, "jac": lambda q: np.ones(E)},
             options={"ftol": 1e-15, "maxiter": 500},
         )
-        assert np.abs(solved.x - found).max() < 1e-6
+        assert np.abs(solved.x - found).max() < 1e-7
 
 
 def test_equals_the_naive_twin() -> None:

@@ -19,8 +19,9 @@ from guilomo.layers.routers import ROUTERS, cost_of_router
 from guilomo.search import SearchConfig, search_sized
 from guilomo.search.mixture import SearchMixture
 from guilomo.tuner import LoraMoeLayer
+from guilomo.tuner.biases import biased_routers
 from router_cases import CASES, MERGEABLE, TASKED, TASKS, options_of, with_tasks
-from tiny_models import build, inputs_for
+from tiny_models import build, inputs_for, llama
 
 EVERY = pytest.mark.parametrize("router", CASES)
 
@@ -181,6 +182,30 @@ def test_a_row_does_not_see_its_batch(router: str) -> None:
 
 
 @EVERY
+def test_the_order_of_the_experts_does_not_matter(router: str) -> None:
+    """Rank rows, router rows and all that counts experts permuted together give the same outputs."""
+    if router == "fixed":
+        pytest.skip("its weights are options")
+    inputs = with_tasks(router, inputs_for("llama"))
+    model = _model(router).double().eval()
+    wanted = logits(model, inputs)
+    order = torch.tensor([2, 0, 1])
+    rank = 1 if router == "flylora" else 2
+    rows = (order[:, None] * rank + torch.arange(rank)).flatten()
+    with torch.no_grad():
+        for layer in _layers(model):
+            layer.molora_A["default"].copy_(layer.molora_A["default"][rows].clone())
+            layer.molora_B["default"].copy_(layer.molora_B["default"][:, rows].clone())
+            for name, values in layer.molora_router["default"].state_dict().items():
+                if name in {"weight", "up", "bias"}:
+                    values.copy_(values[order].clone())
+            for name, values in layer.molora_shared.state_dict().items():
+                if name.endswith("scores"):
+                    values.copy_(values[:, order].clone())
+    assert torch.allclose(logits(model, inputs), wanted, rtol=1e-9, atol=1e-11)
+
+
+@EVERY
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
 def test_recomputation_changes_nothing(router: str, mode: str) -> None:
     inputs = with_tasks(router, inputs_for("llama"))
@@ -222,6 +247,27 @@ def test_half_precision(router: str) -> None:
     assert all(g.isfinite().all() for g in gradients(model).values())
     with torch.autocast("cpu", torch.bfloat16):
         assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer does
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer looks, nobody else
+@pytest.mark.parametrize("router", ["sparsegen", "hmora", "loss_free"])
+def test_compiled_training(router: str) -> None:
+    """In one graph, with what the router's losses and counts say."""
+    torch._dynamo.reset()
+    inputs = with_tasks(router, inputs_for("llama"))
+    torch.manual_seed(0)
+    model = _move(attach(llama(num_hidden_layers=1), **options_of(router))).train()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(7)
+        run(**inputs).loss.backward()
+        found.append({**gradients(model), **{str(i): r.take_counts() for i, r in enumerate(biased_routers(model))}})
+        model.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    for name, wanted in found[0].items():
+        assert (found[1][name] - wanted).abs().max() <= 1e-6, name
 
 
 @pytest.mark.parametrize("router", sorted(set(CASES) - MERGEABLE))

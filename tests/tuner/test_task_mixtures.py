@@ -12,7 +12,14 @@ from torch import Tensor
 from adapter_tools import attach, gradients, logits, reload, train_a_step
 from guilomo import GuilomoError, LoraMoeConfig
 from guilomo.export import mean_gates, plain_lora
-from guilomo.tuner import LoraMoeLayer, fixed_gates, task_gates, train_only_routers
+from guilomo.tuner import (
+    LoraMoeLayer,
+    expert_weights,
+    fixed_gates,
+    preservation_loss,
+    task_gates,
+    train_only_routers,
+)
 from router_cases import TASKS, options_of
 from tiny_models import build, inputs_for
 
@@ -113,6 +120,22 @@ def test_second_stage_goes_on_with_the_first(tmp_path: Path) -> None:
     train_a_step(again, INPUTS)
     moved = {n for n, p in again.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained
+
+
+def test_preservation_is_zero_at_the_start_and_pulls_back() -> None:
+    model = attach(build("llama"))
+    start = expert_weights(model)
+    assert preservation_loss(model, start).item() == 0.0
+    train_a_step(model, INPUTS)
+    loss = preservation_loss(model, start)
+    now = expert_weights(model)
+    assert loss.item() == pytest.approx(sum(float((now[n] - t).square().sum()) for n, t in start.items()), rel=1e-4)
+    loss.backward()
+    layer = next(m for m in model.modules() if isinstance(m, LoraMoeLayer))
+    moved = layer.molora_A["default"].detach() - start[f"{layer.name}.A"]
+    assert torch.allclose(layer.molora_A["default"].grad, 2 * moved, rtol=1e-5)
+    with pytest.raises(GuilomoError, match=r"expert_weights\(model\)"):
+        preservation_loss(attach(build("llama"), r=3), start)
 
 
 def test_only_routers_without_any_is_refused() -> None:

@@ -12,7 +12,7 @@ from guilomo.allocation.plan import Allocation
 from guilomo.allocation.preference import Preference
 from guilomo.allocation.ranks import ranks_within
 from guilomo.allocation.rounding import half_up
-from guilomo.errors import invalid
+from guilomo.errors import GuilomoError, invalid
 
 TOLERANCE = 0.01
 """How much of a budget a plan may leave unused before a cap that causes it is an error."""
@@ -123,7 +123,11 @@ def _counts_beside_shared(
     """
     reserve = 0
     while True:
-        counts = counts_within(modules, budget - reserve, limits.rank_cap(), router)
+        try:
+            counts = counts_within(modules, budget - reserve, limits.rank_cap(), router)
+        except GuilomoError as error:
+            held = f" (That is without the {reserve} of {budget} parameters that routers share.)" if reserve else ""
+            raise GuilomoError(f"{error}{held}") from None
         pairs = [(count, module.shape.in_features) for module, count in zip(modules, counts, strict=True)]
         shared = shared_parameters(pairs, router)
         if shared <= reserve:

@@ -69,6 +69,7 @@ class RouterStatistics:
         return replace(self, rows=zero, row_tasks=zero)
 
 
+_SUMS = tuple(f.name for f in fields(RouterStatistics) if f.name != "tokens")
 EVERYTHING = frozenset({"counts", "probability", "weight", "square_lse", "entropy"})
 """The sums that health reports are made of."""
 
@@ -99,7 +100,7 @@ def router_statistics(
     if "rows" in wanted:
         found |= _rows(routing, share, tasks)
     zero = torch.zeros_like(tokens)
-    return RouterStatistics(tokens, **{f.name: found.get(f.name, zero) for f in fields(RouterStatistics)[1:]})
+    return RouterStatistics(tokens, **{name: found.get(name, zero) for name in _SUMS})
 
 
 def _rows(routing: Routing, share: Tensor | None, tasks: Tensor | None) -> dict[str, Tensor]:

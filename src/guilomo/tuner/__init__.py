@@ -7,6 +7,7 @@ from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
+from guilomo.tuner.preservation import expert_weights, preservation_loss
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
 from guilomo.tuner.trained import train_only_routers
@@ -21,8 +22,10 @@ __all__ = [
     "SelectionMasks",
     "adaptable_modules",
     "context_of",
+    "expert_weights",
     "fixed_gates",
     "plan_for_router",
+    "preservation_loss",
     "target_shapes",
     "task_gates",
     "tasks_given",

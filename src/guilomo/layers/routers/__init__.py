@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from guilomo.errors import unknown
@@ -61,27 +61,27 @@ def router_options(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RouterPrice:
-    """Trainable parameters of the named router, as plans and budgets ask for them."""
+    """Trainable parameters of a router under all its options, as plans and budgets ask for them."""
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    kind: type[Router]
+    options: dict[str, Any]
 
     def __call__(self, experts: int, in_features: int) -> int:
         """Of one module; one expert has no router. Shared parts are not counted."""
-        kind, options = router_class(self.name), router_options(self.name, self.options)
-        return kind.parameters_for(experts, in_features, **options) if experts > 1 else 0
+        return self.kind.parameters_for(experts, in_features, **self.options) if experts > 1 else 0
 
     def shared(self, modules: Iterable[tuple[int, int]]) -> int:
         """Of what the routers of modules with these ``(experts, in_features)`` have in common, each part once."""
-        kind, options = router_class(self.name), router_options(self.name, self.options)
-        parts = {kind.shared_key(*module): module for module in modules if module[0] > 1}
-        return sum(kind.shared_parameters(*module, **options) for key, module in parts.items() if key is not None)
+        parts = {self.kind.shared_key(*module): module for module in modules if module[0] > 1}
+        found = (
+            self.kind.shared_parameters(*module, **self.options) for key, module in parts.items() if key is not None
+        )
+        return sum(found)
 
 
 def cost_of_router(name: str, options: dict[str, Any] | None = None) -> RouterPrice:
     """What the named router costs, as a function of ``(experts, in_features)``."""
-    router_class(name)
-    return RouterPrice(name, options or {})
+    return RouterPrice(router_class(name), router_options(name, options))
 
 
 __all__ = [

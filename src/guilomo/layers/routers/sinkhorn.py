@@ -23,7 +23,8 @@ class SinkhornRouter(TopKRouter):
 
     Pi couples all real tokens of the batch, later ones included, so that in a causal language model routing sees the
     future there; in evaluation it is never used. Columns are balanced over the batch of one process. A balanced Pi does
-    not make the K-largest counts balanced. Balance losses and the z-loss are refused, as the method does without.
+    not make the K-largest counts balanced. Balance losses and the z-loss are refused, as the method does without. Under
+    `torch.compile` the coin and Pi break the graph.
 
     Options:
         q: probability of a balanced pass; the sources say 0.001 to 0.01.
@@ -66,8 +67,7 @@ class SinkhornRouter(TopKRouter):
 
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         plain = super().route(logits, tokens)
-        # The coin comes from the host's generator: no wait for a device, and a recomputation sees the same side.
-        if not self.training or self.q == 0 or float(torch.rand((), device="cpu")) >= self.q:
+        if not self.training or self.q == 0 or not _heads(self.q):
             return plain
         assignment = self._assignment(logits, tokens.real)
         _, kept = largest(assignment.detach(), self.top_k)
@@ -83,10 +83,18 @@ class SinkhornRouter(TopKRouter):
         scores = logits.detach() if self.grad == "detach" else logits
         cost = softmax_over_experts(scores) if self.cost == "softmax" else scores
         counted = None if real is None else real.reshape(-1).bool()
-        pi = sinkhorn(cost.flatten(0, -2), self.xi, counted, self.iterations, self.tolerance)
+        pi: Tensor = sinkhorn(cost.flatten(0, -2), self.xi, counted, self.iterations, self.tolerance)
         return pi.view_as(logits)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _heads(chance: float) -> bool:
+    """A coin from the host's generator: no wait for a device, and a recomputation sees the same side."""
+    return float(torch.rand((), device="cpu")) < chance
+
+
+# How many rounds there are depends on the data.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sinkhorn(
     cost: Tensor, xi: float, real: Tensor | None = None, iterations: int = 100, tolerance: float = 1e-4
 ) -> Tensor:
