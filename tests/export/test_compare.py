@@ -59,7 +59,9 @@ def test_equal_to_a_loop(kind: str, colour_recipe: Any, text_recipe: Any, tmp_pa
 
 
 def test_constant_gates_lose_nothing(colour_recipe: Any, tmp_path: Any) -> None:
-    task, routed, export = _models(colour_recipe(), tmp_path / "lora", router="fixed", router_weights=[0.5, 0.2, 0.3])
+    task, routed, export = _models(
+        colour_recipe(), tmp_path / "lora", router="fixed", router_options={"weights": [0.5, 0.2, 0.3]}
+    )
     scores = compare(routed, export, task, task.test).scores()
     assert scores["agreement"].value == 1.0
     assert abs(scores["loss_added"].value) < 1e-6

@@ -69,7 +69,7 @@ def test_a_pooler_counts_rows() -> None:
 @pytest.mark.parametrize(
     ("options", "gates"),
     [
-        ({"router": "fixed", "router_weights": [0.5, 0.2, 0.3]}, [0.5, 0.2, 0.3]),
+        ({"router": "fixed", "router_options": {"weights": [0.5, 0.2, 0.3]}}, [0.5, 0.2, 0.3]),
         ({"num_experts": 1, "top_k": 1}, [1.0]),
     ],
     ids=["fixed", "one expert"],

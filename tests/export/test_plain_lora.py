@@ -45,7 +45,7 @@ def _frozen_outputs(model: PeftModel, gates: dict[str, Tensor], name: str) -> Te
     for layer in layers:
         weights = gates[layer.name].float()
         router = layer.molora_router["default"]
-        router.route = lambda u, w=weights: Routing(w.expand_as(u), u)
+        router.route = lambda u, tokens, w=weights: Routing(w.expand_as(u), u)
     found = _outputs(model, name)
     for layer in layers:
         del layer.molora_router["default"].route
@@ -128,7 +128,7 @@ def test_a_rank_that_cannot_be(rank: int) -> None:
 
 
 def test_constant_gates_merge_exactly() -> None:
-    model = _mixture("bert", router="fixed", router_weights=[0.5, 0.2, 0.3])
+    model = _mixture("bert", router="fixed", router_options={"weights": [0.5, 0.2, 0.3]})
     wanted = _outputs(model, "bert")
     merged = merged_copy(model)
     assert not isinstance(merged, PeftModel)

@@ -11,6 +11,7 @@ from guilomo.layers import ExpertLayout
 from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, expand, expand_frozen, precise_product, shrink
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.layers.routers import TopKRouter
+from guilomo.layers.routing import Tokens
 from mixture_cases import CASES
 
 I, O = 13, 7  # noqa: E741  odd on purpose: nothing may rely on powers of two
@@ -50,7 +51,7 @@ def fused(
     frozen = Frozen(w0.detach(), None) if how == "joined" else None
     member = Member(a, rows if len(ranks) > 1 else None, frozen)
     read, [(h, logits)] = shrink(x, [member], n, drop, how == "in_place")
-    routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits)
+    routing = None if logits is None else TopKRouter(I, len(ranks), top_k).route(logits, Tokens(logits))
     if frozen is not None:
         return expand_frozen(x, frozen, h, routing, spread, mask, b, n)
     return expand(F.linear(read, w0), h, routing, spread, mask, b, n, how == "in_place")
@@ -205,7 +206,7 @@ def test_linears_of_one_x_share_a_shrink() -> None:
     read, shrunk = shrink(x, members, in_place=True)
     ys, alone = [], []
     for (how, (t, ranks)), (h, logits) in zip(given.items(), shrunk, strict=True):
-        routing = None if logits is None else TopKRouter(I, len(ranks), 1).route(logits)
+        routing = None if logits is None else TopKRouter(I, len(ranks), 1).route(logits, Tokens(logits))
         spread = ExpertLayout(ranks, scales_of(ranks)).to(x.dtype).spread
         if how == "joined":
             ys.append(expand_frozen(x, frozen[how], h, routing, spread, None, t[3], None))
@@ -223,7 +224,7 @@ def test_a_gradient_handed_over_in_one_backward_is_not_used_in_another() -> None
     frozen = Frozen(w0, None)
     _, [(h, logits)] = shrink(x, [Member(a, rows, frozen)])
     spread = ExpertLayout((3, 2), scales_of((3, 2))).to(x.dtype).spread
-    y = expand_frozen(x, frozen, h, TopKRouter(I, 2, 2).route(logits), spread, None, b, None)
+    y = expand_frozen(x, frozen, h, TopKRouter(I, 2, 2).route(logits, Tokens(logits)), spread, None, b, None)
     torch.autograd.grad(y.sum(), b, retain_graph=True)  # stops at the second node
     (found,) = torch.autograd.grad(logits.square().sum(), x)
     (wanted,) = torch.autograd.grad((x @ rows.T).square().sum(), x)

@@ -10,8 +10,11 @@ from guilomo.errors import GuilomoError
 from guilomo.layers import ExpertLayout, packed_delta, router_class
 from guilomo.layers.naive import naive_topk_weights
 from guilomo.layers.routers import DenseRouter, FixedRouter, TopKRouter
+from guilomo.layers.routing import Tokens
 
 I, E = 9, 5  # noqa: E741
+NONE = Tokens(torch.empty(0))
+"""These routers read nothing of them."""
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, E])
@@ -52,14 +55,14 @@ def test_fixed_weights_survive_casts_exactly() -> None:
     assert torch.equal(router.bfloat16()(torch.randn(1, I)).weights, before)
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.5, 0.5, 0.0], [1.0, -1.0, 1.0]])
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.5, 0.5, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [], 1])
 def test_fixed_refuses_weights_that_do_not_fit(weights: list[float]) -> None:
-    with pytest.raises(GuilomoError, match=r"router_weights.*3 positive numbers"):
+    with pytest.raises(GuilomoError, match=r"weights.*(3 )?positive numbers"):
         FixedRouter(I, 3, 3, weights=weights)
 
 
 def test_unknown_router_proposes_the_nearest() -> None:
-    with pytest.raises(GuilomoError, match=r"router = 'topq'.*dense, fixed, topk.*'topk'"):
+    with pytest.raises(GuilomoError, match=r"router = 'topq'.*dense, fixed, .*topk.*'topk'"):
         router_class("topq")
 
 
@@ -99,12 +102,12 @@ def test_autocast_does_not_touch_float32_logits() -> None:
 
 def test_ties_go_to_the_lowest_index() -> None:
     router = TopKRouter(I, E, 2)
-    chosen = router.route(torch.zeros(3, E)).chosen
+    chosen = router.route(torch.zeros(3, E), NONE).chosen
     assert chosen[0].tolist() == [True, True, False, False, False]
-    late = router.route(torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]])).chosen
+    late = router.route(torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]]), NONE).chosen
     assert late[0].tolist() == [False, True, False, True, False]
     # Unstable sorts give ties away only when there are many.
-    many = TopKRouter(I, 300, 7).route((torch.arange(300) % 3 == 1).float().expand(5, 300)).chosen
+    many = TopKRouter(I, 300, 7).route((torch.arange(300) % 3 == 1).float().expand(5, 300), NONE).chosen
     assert all(row.nonzero().flatten().tolist() == [1, 4, 7, 10, 13, 16, 19] for row in many)
 
 
@@ -143,3 +146,14 @@ def test_parameters_for_counts_what_is_made() -> None:
     for kind in (TopKRouter, DenseRouter, FixedRouter):
         made = sum(p.numel() for p in kind(I, E, 2).parameters())
         assert kind.parameters_for(E, I) == made
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_blocked_experts_are_not_chosen_twice(tokens: int) -> None:
+    """All experts but one are at -inf: there is a second one all the same, of weight 0."""
+    for alone in range(3):
+        logits = torch.full((tokens, 3), float("-inf"), dtype=torch.float64)
+        logits[:, alone] = 0.5
+        routing = TopKRouter(4, 3, 2).route(logits, Tokens(logits))
+        assert routing.chosen.sum(-1).eq(2).all()
+        assert torch.equal(routing.weights, (torch.arange(3) == alone).double().expand(tokens, 3))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adapter_tools import attach
 from guilomo.layers.naive import naive_delta
 from guilomo.layers.routers import router_class
+from guilomo.layers.routing import Tokens
 
 
 def _naive(logits: Tensor, top_k: int) -> Tensor:
@@ -25,7 +26,7 @@ def _naive(logits: Tensor, top_k: int) -> Tensor:
 def test_definition_and_gradient(tokens: int, top_k: int) -> None:
     router = router_class("topk_of_softmax")(9, 5, top_k)
     logits = torch.randn(tokens, 5, dtype=torch.float64).round(decimals=1).requires_grad_()  # with ties
-    routing = router.route(logits)
+    routing = router.route(logits, Tokens(logits))
     wanted = _naive(logits, top_k)
     assert torch.allclose(routing.weights, wanted, rtol=1e-12, atol=1e-15)
     assert routing.chosen.sum(-1).eq(top_k).all()
@@ -33,7 +34,7 @@ def test_definition_and_gradient(tokens: int, top_k: int) -> None:
     (mine,), (naive,) = (torch.autograd.grad(w, logits, up) for w in (routing.weights, wanted))
     assert torch.allclose(mine, naive, rtol=1e-10, atol=1e-13)
     with torch.no_grad():
-        assert torch.equal(router.route(logits).weights, routing.weights)
+        assert torch.equal(router.route(logits, Tokens(logits)).weights, routing.weights)
 
 
 class OneLinear(nn.Module):

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from guilomo import LoraMoeConfig
 from guilomo.errors import GuilomoError
 from guilomo.run import Run, RunConfig, load_recipe
+from guilomo.run.methods import router_cost
 from tiny_runs import write_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
@@ -77,7 +79,7 @@ def test_overrides(tmp_path: Path, overrides: list[str], read: Any) -> None:
         ("search.stepz=3", "Did you mean 'steps'"),
         ("search.steps=many", "search.steps = 'many' is not usable: input should be a valid integer"),
         ("search.steps=0", "search.steps = 0 is not usable: input should be greater than or equal to 1"),
-        ("mixture.router=topp", "'topk', 'dense' or 'fixed'"),
+        ("mixture.router=topp", "Did you mean 'topk'"),
         ("mixture.target_modules=3", "mixture.target_modules = 3 is not usable: input should be a valid string, or"),
         ("search=3", "search = 3 is not usable: expected keys with values"),
         ("methods.0={label: x}", "methods.0.name is missing"),
@@ -171,3 +173,25 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 def test_the_searchs_top_k_is_the_mixtures() -> None:
     config = load_recipe(None, ["mixture.top_k=1", "search.max_experts=1"])
     assert config.search.top_k == 1
+
+
+def test_routers_and_their_options_come_from_the_recipe() -> None:
+    mixture = {"router": "sparsegen", "router_options": {"hidden": 4}, "router_loss_coefficient": 0.1}
+    config = RunConfig(mixture=mixture, methods=["uniform"])
+    made = LoraMoeConfig(**config.mixture.peft_options())
+    assert (made.router, made.router_options, made.router_loss_coefficient) == ("sparsegen", {"hidden": 4}, 0.1)
+    assert router_cost(config).options["hidden"] == 4
+
+
+@pytest.mark.parametrize(
+    ("mixture", "says"),
+    [
+        ({"router": "sparsegen"}, r"router = 'sparsegen' is not usable in a search.*topk, dense, fixed"),
+        ({"router_options": {"hidden": 4}}, r"router_options name = 'hidden'"),
+        ({"balance_loss": "swich"}, r"Did you mean 'switch'"),
+        ({"router": "dense", "router_loss_coefficient": 0.1}, r"no loss of its own"),
+    ],
+)
+def test_routers_that_cannot_work_are_refused_before_anything_is_loaded(mixture: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        RunConfig(mixture=mixture, methods=["guilomo", "uniform"])

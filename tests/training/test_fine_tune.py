@@ -23,6 +23,7 @@ from guilomo.training import (
 )
 from guilomo.training.fine_tune import loss_curve
 from guilomo.tuner import context_of
+from guilomo.tuner.biases import biased_routers
 from tiny_runs import run_of
 
 CONFIG = TrainConfig(max_steps=7, batch_size=8, log_every=3, save_every=2, schedule="constant_with_warmup")
@@ -228,3 +229,24 @@ def test_arguments_follow_the_config(tmp_path: Path) -> None:
     assert arguments.seed == arguments.data_seed == 4
     assert arguments.save_steps == 9
     assert arguments.device.type == "cpu"
+
+
+def test_biases_move_with_the_steps_and_resume_to_the_same_bits(job: Run, tmp_path: Path) -> None:
+    options = {"router": "loss_free", "router_options": {"rate": 0.05}, "balance_loss": None}
+
+    def biases(model: Any) -> list[torch.Tensor]:
+        return [router.bias for router in biased_routers(model)]
+
+    torch.manual_seed(1)
+    whole = adapted(job, **options)
+    fine_tune(whole, job.task, CONFIG, tmp_path / "whole", seed=5)
+    assert max(float(b.abs().max()) for b in biases(whole)) > 0.05
+    asks = iter([False, False, True])
+    torch.manual_seed(1)
+    with pytest.raises(Interrupted):
+        fine_tune(adapted(job, **options), job.task, CONFIG, tmp_path / "cut", seed=5, should_stop=lambda: next(asks))
+    torch.manual_seed(1)
+    again = adapted(job, **options)
+    fine_tune(again, job.task, CONFIG, tmp_path / "cut", seed=5)
+    assert equal(weights(again), weights(whole))
+    assert all(torch.equal(a, b) for a, b in zip(biases(again), biases(whole), strict=True))

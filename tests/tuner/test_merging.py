@@ -12,7 +12,7 @@ from tiny_models import build, inputs_for
 
 OPTIONS = [
     {"router": "fixed"},
-    {"router": "fixed", "router_weights": [0.5, 0.2, 0.3], "rank_pattern": {".*": [1, 4, 2]}},
+    {"router": "fixed", "router_options": {"weights": [0.5, 0.2, 0.3]}, "rank_pattern": {".*": [1, 4, 2]}},
     {"num_experts": 1, "top_k": 1},
 ]
 

@@ -30,7 +30,31 @@ from tiny_models import build, inputs_for
         ({"balance_reduction": "avg"}, r"balance_reduction = 'avg'.*mean, sum"),
         ({"balance_coefficient": -0.1}, r"balance_coefficient = -0\.1.*at least 0"),
         ({"z_loss_coefficient": float("nan")}, r"z_loss_coefficient = nan.*at least 0"),
-        ({"router_weights": [0.5, 0.5]}, r"router_weights = \[0\.5, 0\.5\].*Set router='fixed'"),
+        ({"router_options": {"weights": [0.5, 0.5]}}, r"router_options name = 'weights'.*none: router='topk' has none"),
+        (
+            {"router": "fixed", "router_options": {"weigths": 1}},
+            r"name = 'weigths'.*Did you mean 'weights'",
+        ),
+        (
+            {"router": "fixed", "router_options": {"weights": [0.0, 1.0]}},
+            r"options\['weights'\].*positive numbers",
+        ),
+        ({"router_loss_coefficient": 1.0}, r"router_loss_coefficient = 1\.0.*no loss of its own.*sparsegen"),
+        ({"router": "task"}, r"router_options\['tasks'\] = None.*router_options=\{'tasks': 3\}"),
+        ({"router_loss_coefficient": -1.0}, r"router_loss_coefficient = -1\.0.*at least 0"),
+        ({"balance_options": {"delta": 0.1}}, r"balance_options name = 'delta'.*none: balance_loss='switch' has none"),
+        (
+            {"balance_loss": "localized", "balance_options": {"detla": 0.1}},
+            r"balance_options name = 'detla'.*Did you mean 'delta'",
+        ),
+        (
+            {"balance_loss": "divergence", "balance_options": {"certain": 0.99}},
+            r"balance_options\['certain'\] = 0\.99.*at most 0\.98",
+        ),
+        (
+            {"balance_loss": "rsl", "balance_options": {"entropy_sign": 0}},
+            r"balance_options\['entropy_sign'\] = '0'.*-1, 1",
+        ),
         ({"bias": "all"}, r"bias = 'all'.*'none'.*modules_to_save"),
     ],
 )
@@ -48,7 +72,10 @@ def test_config(options: dict[str, Any], message: str) -> None:
         ({"rank_pattern": {"query": 4}}, r"rank_pattern = 'query'.*q_proj"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern for model\.layers\.0\.self_attn\.q_proj = 0"),
         ({"rank_pattern": {"q_proj": [2, 0]}}, r"rank_pattern for .*q_proj = \[2, 0\]"),
-        ({"router": "fixed", "router_weights": [0.5, 0.5]}, r"router_weights = \[0\.5, 0\.5\].*3 positive"),
+        (
+            {"router": "fixed", "router_options": {"weights": [0.5, 0.5]}},
+            r"\['weights'\] = \[0\.5, 0\.5\].*3 positive",
+        ),
     ],
 )
 def test_targets_and_patterns(options: dict[str, Any], message: str) -> None:

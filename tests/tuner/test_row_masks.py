@@ -10,7 +10,7 @@ from adapter_tools import attach
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.search.relaxation import EXPERT_BLOCK
 from guilomo.tuner import LoraMoeLayer, SelectionMasks
-from guilomo.tuner.layer import _route
+from guilomo.tuner.forward import _route
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -64,7 +64,9 @@ def test_blocked_experts_have_no_weight_and_the_others_share_it() -> None:
     layer.context.masks = {layer.name: _masks()}
     x = torch.randn(ROWS, TOKENS, INPUTS, dtype=torch.float64)
     router = layer.molora_router["default"]
-    weights = _route(router, router.logits(x), layer.context.masks_for(layer.name, x), None).weights
+    weights = _route(
+        layer.mixtures["default"], router, router.logits(x), x, layer.context.masks_for(layer.name, x), None
+    ).weights
     for row, kept in enumerate(EXPERTS):
         assert not weights[row, :, kept:].any()
         assert torch.allclose(weights[row].sum(-1), torch.ones(TOKENS, dtype=torch.float64), rtol=1e-12)

@@ -76,7 +76,7 @@ def test_one_expert_is_peft_lora() -> None:
 @pytest.mark.parametrize("path", ["packed", "fused"])
 def test_one_sample_of_a_for_all_experts_and_tokens(path: str) -> None:
     """Unit vectors as tokens and constant gates: the change is ``(sum w_e B_e) A~``, from which A~ can be solved."""
-    model, layer = _layer(router="fixed", router_weights=[0.5, 0.2, 0.3], drop_connect=0.4)
+    model, layer = _layer(router="fixed", router_options={"weights": [0.5, 0.2, 0.3]}, drop_connect=0.4)
     a, b = layer.molora_A["default"].detach(), layer.molora_B["default"].detach()
     gates = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     mixed = (b.view(7, 3, 3) * gates[:, None]).sum(1) * 16 / 3
@@ -103,7 +103,7 @@ def test_samples_of_a_average_to_a() -> None:
     layer.train()
     count = 20_000
     with torch.no_grad():
-        total = sum(layer._down("default") for _ in range(count))
+        total = sum(layer.mixtures["default"].down() for _ in range(count))
     a = layer.molora_A["default"]
     error = (0.1 / 0.9 / count) ** 0.5
     assert ((total / count / a - 1).abs() < 5 * error).all()
@@ -151,7 +151,9 @@ def test_life_of_an_adapter(name: str, tmp_path: Path) -> None:
 
 def test_merged_and_exported() -> None:
     inputs = inputs_for("gpt2")
-    model = attach(build("gpt2").double(), router="fixed", router_weights=[0.5, 0.2, 0.3], shared_a=True).double()
+    model = attach(
+        build("gpt2").double(), router="fixed", router_options={"weights": [0.5, 0.2, 0.3]}, shared_a=True
+    ).double()
     wanted = logits(model, inputs)
     export = plain_lora(model, mean_gates(model, []))
     for name, layer in model.get_base_model().named_modules():

@@ -134,7 +134,7 @@ def test_keys_and_values_of_cross_attention_are_not_asked_of_the_query() -> None
     model = nn.ModuleDict({"cross_attn": Attention(), "self_attn": Attention()})
     adapted = attach(model, target_modules=["q_proj", "k_proj", "v_proj"])
     shared = adapted.base_model.model["self_attn"].q_proj.context.shared
-    found = {name: [c.name for c in shared.companions(layer)] for name, layer in shared.layers.items()}
+    found = {name: [c.layer.name for c in shared.companions(layer)] for name, layer in shared.layers.items()}
     assert found["self_attn.k_proj"] == ["self_attn.q_proj", "self_attn.v_proj"]
     assert found["cross_attn.k_proj"] == []
 

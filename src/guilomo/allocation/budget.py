@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from guilomo.allocation.candidate import Candidate, Limits, candidates, check_limits
-from guilomo.allocation.costs import RouterCost, linear_router
+from guilomo.allocation.costs import RouterCost, linear_router, shared_parameters
 from guilomo.allocation.counts import counts_within, rounded_counts
 from guilomo.allocation.modules import ModulePlan, plan_module, positive_int
 from guilomo.allocation.plan import Allocation
 from guilomo.allocation.preference import Preference
 from guilomo.allocation.ranks import ranks_within
 from guilomo.allocation.rounding import half_up
-from guilomo.errors import invalid
+from guilomo.errors import GuilomoError, invalid
 
 TOLERANCE = 0.01
 """How much of a budget a plan may leave unused before a cap that causes it is an error."""
@@ -103,15 +103,36 @@ def _budgeted(
     """Counts and flat ranks that meet the budget."""
     if not modules:
         raise invalid("budget", budget, "None when no module is adapted", "Wish for experts in some module.")
-    counts = counts_within(modules, budget, limits.rank_cap(), router)
+    counts, shared = _counts_beside_shared(modules, limits, budget, router)
     routers = sum(module.router_cost(count, router) for module, count in zip(modules, counts, strict=True))
     units = [module.unit for module, count in zip(modules, counts, strict=True) for _ in range(count)]
-    room = budget - routers
+    room = budget - routers - shared
     ranks = ranks_within(_wishes(preference, modules, counts), units, room, limits.rank_cap())
     left = room - sum(rank * unit for rank, unit in zip(ranks, units, strict=True))
     if min(ranks) == limits.rank_cap():
         _check_left(left, budget, min(units), limits)
     return counts, ranks
+
+
+def _counts_beside_shared(
+    modules: Sequence[Candidate], limits: Limits, budget: int, router: RouterCost
+) -> tuple[list[int], int]:
+    """Counts, and what their routers hold in common: which parts there are depends on the counts, and they on the rest.
+
+    The reserve only grows, so that this ends: at the latest when the budget is too small for it.
+    """
+    reserve = 0
+    while True:
+        try:
+            counts = counts_within(modules, budget - reserve, limits.rank_cap(), router)
+        except GuilomoError as error:
+            held = f" (That is without the {reserve} of {budget} parameters that routers share.)" if reserve else ""
+            raise GuilomoError(f"{error}{held}") from None
+        pairs = [(count, module.shape.in_features) for module, count in zip(modules, counts, strict=True)]
+        shared = shared_parameters(pairs, router)
+        if shared <= reserve:
+            return counts, shared
+        reserve = shared
 
 
 def _check_left(left: int, budget: int, unit: int, limits: Limits) -> None:

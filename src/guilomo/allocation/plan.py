@@ -19,6 +19,7 @@ from guilomo.allocation.costs import (
     module_active_parameters,
     module_flops,
     module_parameters,
+    shared_parameters,
 )
 from guilomo.allocation.frozen import FrozenDict
 from guilomo.allocation.modules import ModulePlan, ModuleShape
@@ -100,11 +101,15 @@ class Allocation:
 
     def parameters(self, router: RouterCost = linear_router) -> int:
         """Trainable parameters, routers included."""
-        return sum(module_parameters(plan, router) for plan in self.modules.values())
+        return sum(module_parameters(plan, router) for plan in self.modules.values()) + self._shared(router)
+
+    def _shared(self, router: RouterCost) -> int:
+        return shared_parameters([(p.experts, p.in_features) for p in self.adapted().values() if p.routes], router)
 
     def active_parameters(self, router: RouterCost = linear_router) -> float:
         """Parameters one token uses: K/E of each module's experts, plus all routers."""
-        return math.fsum(module_active_parameters(plan, router) for plan in self.modules.values())
+        own = math.fsum(module_active_parameters(plan, router) for plan in self.modules.values())
+        return own + self._shared(router)
 
     def flops_per_token(self, router: RouterCost = linear_router) -> int:
         """Forward FLOPs per token that the adapters add in packed evaluation."""

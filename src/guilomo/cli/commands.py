@@ -260,7 +260,7 @@ def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
             raise GuilomoError(
                 f"{path} is a {str(config.peft_type).rpartition('.')[2]} adapter; only mixtures carry an allocation."
             )
-        return config.plan, cost_of_router(config.router)
+        return config.plan, cost_of_router(config.router, config.router_options)
     for candidate in (path / "search" / "allocation.json", path / "allocation.json", path):
         if candidate.is_file():
             try:

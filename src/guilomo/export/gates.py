@@ -129,9 +129,10 @@ class _GateSum:
 
     def add(self, adapter: str, layer: LoraMoeLayer, args: tuple[Any, ...]) -> None:
         """Pre-forward hook of a mixture: what its router is about to say."""
-        x = layer._cast_input_dtype(args[0], layer.molora_A[adapter].dtype)
-        weights = layer.molora_router[adapter](x).weights.double().flatten(0, -2)
-        real = layer.context.counted(x)
+        routing = layer.routing(args[0], adapter)
+        assert routing is not None, "single experts are not routed"
+        weights = routing.weights.double().flatten(0, -2)
+        real = layer.context.counted(args[0])
         share = weights.new_ones(len(weights)) if real is None else real.reshape(-1).to(weights)
         self.weight = self.weight + share @ weights
         self.tokens = self.tokens + share.sum()

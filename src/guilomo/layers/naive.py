@@ -26,6 +26,18 @@ def naive_topk_weights(logits: Tensor, top_k: int) -> Tensor:
     return torch.stack(rows) if rows else logits.new_zeros(0, experts)
 
 
+def naive_sparsegen(u: Tensor, lam: Tensor) -> Tensor:
+    """``(T, E)`` from ``u (T, E)`` and ``lam (T, 1)``, as the closed form of LD-MoLE (arXiv 2509.25684) reads."""
+    rows = []
+    for scores, one in zip(u, lam[:, 0], strict=True):
+        ordered = scores.sort(descending=True).values
+        sums = [ordered[:j].sum() for j in range(1, len(scores) + 1)]
+        k = max(j for j in range(1, len(scores) + 1) if 1 - one + j * ordered[j - 1] > sums[j - 1])
+        tau = (sums[k - 1] - 1 + one) / k
+        rows.append((scores - tau).clamp_min(0) / (1 - one))
+    return torch.stack(rows)
+
+
 def naive_delta(
     x: Tensor, a: Tensor, b: Tensor, weights: Tensor, ranks: Sequence[int], scales: Sequence[float]
 ) -> Tensor:

@@ -3,17 +3,22 @@
 A router maps ``x (T, I)`` to a `Routing`. It knows nothing of ranks, packing or PEFT. It works in two steps so that a
 search can add an offset between them (a log-mask per expert) without the router knowing:
 
-    logits(x)       (T, I) -> (T, E), in float32 or better
-    route(logits)   (T, E) -> Routing
+    logits(x)               (T, I) -> (T, E), in float32 or better
+    route(logits, tokens)   (T, E) and what else is known of the tokens -> Routing
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from guilomo.errors import GuilomoError
+from guilomo.layers.frozen import SparseGaussian
 
 
 @dataclass
@@ -24,11 +29,13 @@ class Routing:
         given: ``(T, E)`` the weights below; or, without gradients, ``(T, K)`` those of the experts `kept` alone.
         logits: ``(T, E)`` the scores the weights came from.
         kept: the experts that take part: ``(T, K)`` int64 indices, or ``(T, E)`` bool; None for all.
+        penalty: ``(T,)`` the router's own loss of each token, unweighted, in training; None where there is none.
     """
 
     given: Tensor
     logits: Tensor
     kept: Tensor | None = None
+    penalty: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -66,29 +73,130 @@ def softmax_over_experts(scores: Tensor) -> Tensor:
     return scores.transpose(-1, -2).softmax(-2).transpose(-1, -2)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a router may read of its tokens beside their scores.
+
+    Attributes:
+        x: ``(N, ..., I)`` the input that the scores came from.
+        real: ``(N, ...)`` bool or 0/1, which tokens count; None for all. Given where `Router.reads` asks for it.
+        task: ``(N,)`` int64 task of each row of the leading dimension, likewise; None where nobody gave them.
+    """
+
+    x: Tensor
+    real: Tensor | None = None
+    task: Tensor | None = None
+
+    @property
+    def tasks(self) -> Tensor:
+        """``(N, ...)`` int64 task of every token.
+
+        Raises:
+            GuilomoError: the tasks were not given.
+        """
+        if self.task is None:
+            raise GuilomoError(MISSING_TASKS)
+        return self.task.view(-1, *[1] * (self.x.dim() - 2)).expand(self.x.shape[:-1])
+
+
+MISSING_TASKS = (
+    "This mixture reads the task of every row, and none was given. Call the model with router_task_ids=(B,) int64, put "
+    "a column 'router_task_ids' into the token rows (with remove_unused_columns=False in Trainer's arguments), or, for "
+    "generate, wrap the call in guilomo.tuner.tasks_given(model, ids)."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a router stands.
+
+    Attributes:
+        depth: of its layer, from 0 for the first adapted one to 1 for the last.
+        shared: the part that it has in common with other routers, see `Router.shared`.
+    """
+
+    depth: float = 0.0
+    shared: nn.Module | None = None
+
+
+NOWHERE = Place()
+"""For a router outside a model."""
+
+
 class Router(nn.Module):
     """Base of all routers. A subclass implements `logits` and `route` and says what it costs and assumes.
 
+    Constructors take ``(in_features, experts, top_k, place)``; keyword-only arguments beside these are the router's
+    options, by the names that users write in ``router_options``, with their defaults. Parameters and buffers lie
+    directly on the router and on its shared part: PEFT finds the adapter's name in a key only one level above the end.
+
     Class attributes:
         static: the weights do not depend on the token, so the mixture can be merged into the frozen weight.
+        static_by_task: they depend on nothing but the token's task, so it can be merged for one task.
         dense: every expert is always chosen, so the plan's top-k does not apply.
+        searchable: an offset of the logits takes weight from an expert and gives it to the others, as searches need.
+        own_loss: whether training gives a `Routing.penalty`, for ``router_loss_coefficient`` to weigh.
+        balanced: whether balance losses and the z-loss can do anything for it.
+        reads: the optional fields of `Tokens` that it reads.
+        reads_ranks: the scores are made of the rank activations, one for each expert of rank 1: `logits` is given
+            ``A x (..., R)`` in place of x.
     """
 
     static: bool = False
+    static_by_task: bool = False
     dense: bool = False
+    searchable: bool = False
+    own_loss: bool = False
+    balanced: bool = True
+    reads: ClassVar[frozenset[str]] = frozenset()
+    reads_ranks: bool = False
 
-    @staticmethod
-    def parameters_for(experts: int, in_features: int) -> int:
-        """Trainable parameters of this router over `experts` experts reading `in_features` features."""
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Refuses values of options that cannot work; all options are given.
+
+        Raises:
+            GuilomoError: naming the option, the value and what is allowed.
+        """
+
+    @classmethod
+    def parameters_for(cls, experts: int, in_features: int, **options: Any) -> int:
+        """Trainable parameters of this router over `experts` experts reading `in_features` features, shared ones not
+        counted."""
         raise NotImplementedError
+
+    @classmethod
+    def shared_key(cls, experts: int, in_features: int) -> Hashable | None:
+        """Routers of one adapter with equal keys have one shared part; None for routers that share nothing."""
+        return None
+
+    @classmethod
+    def shared(cls, experts: int, in_features: int, **options: Any) -> nn.Module:
+        """Makes the part that all routers of one key have in common: saved, counted and optimised once."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared_parameters(cls, experts: int, in_features: int, **options: Any) -> int:
+        """Trainable parameters of `shared`."""
+        return 0
+
+    @classmethod
+    def frozen_rows(
+        cls, module: str, in_features: int, experts: int, top_k: int, **options: Any
+    ) -> SparseGaussian | None:
+        """The recipe of the rank rows ``A (R, I)`` of a module, for routers under which A is not trained."""
+        return None
 
     def logits(self, x: Tensor) -> Tensor:
         """``(..., I) -> (..., E)`` scores, float32 or better whatever the dtype of `x`."""
         raise NotImplementedError
 
-    def route(self, logits: Tensor) -> Routing:
-        """``(..., E)`` scores to a `Routing`."""
+    def route(self, logits: Tensor, tokens: Tokens) -> Routing:
+        """``(..., E)`` scores, and what else is known of their tokens, to a `Routing`."""
         raise NotImplementedError
+
+    def observe(self, routing: Routing, tokens: Tokens) -> None:
+        """Told of every routing in training once, recomputations left out."""
 
     @property
     def score_rows(self) -> Tensor | None:
@@ -96,7 +204,7 @@ class Router(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Routing:
-        return self.route(self.logits(x))
+        return self.route(self.logits(x), Tokens(x))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from guilomo.search import SearchConfig
+from guilomo.search.mixture import refuse_unsearchable
 from guilomo.tasks import TaskConfig
 from guilomo.training import TrainConfig
+from guilomo.tuner import LoraMoeConfig
 
 SEARCHED = "guilomo"
 """The strategy name of the method whose allocation the search decides."""
@@ -45,16 +47,17 @@ class MixtureConfig(BaseModel):
     exclude_modules: str | list[str] | None = Field(None, description="Names or regex of linears to leave out.")
     modules_to_save: list[str] | None = Field(None, description="Other modules to train, beside a task head.")
     top_k: int = Field(2, ge=1, description="Experts chosen per token.")
-    router: Literal["topk", "dense", "fixed"] = Field("topk", description="How experts are weighted.")
+    router: str = Field("topk", description="How experts are weighted; docs/methods.md lists the routers.")
+    router_options: dict[str, Any] = Field(default_factory=dict, description="Options of the router by name.")
+    router_loss_coefficient: float = Field(0.0, ge=0, description="Weight of the router's own loss, if it has one.")
     alpha: float = Field(16.0, gt=0, description="Numerator of the experts' scale.")
     scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "constant"] = Field(
         "alpha_over_r", description="Scale of an expert: alpha/r, alpha/sqrt(r) or alpha."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the experts.")
     dropout_on: Literal["input", "rank"] = Field("input", description="What is dropped; rank costs next to nothing.")
-    balance_loss: Literal["switch", "switch_per_slot", "sign", "cv_squared"] | None = Field(
-        "switch", description="Form of the balance loss; null: none."
-    )
+    balance_loss: str | None = Field("switch", description="Form of the balance loss; null: none.")
+    balance_options: dict[str, Any] = Field(default_factory=dict, description="Options of the balance loss by name.")
     balance_coefficient: float = Field(0.001, ge=0, description="Weight of the balance loss.")
     balance_over: Literal["module", "layer"] = Field("module", description="What is balanced together.")
     balance_reduction: Literal["sum", "mean"] = Field("sum", description="Over modules or layers.")
@@ -62,10 +65,14 @@ class MixtureConfig(BaseModel):
 
     def peft_options(self) -> dict[str, Any]:
         """The fields of `LoraMoeConfig` that do not depend on the plan."""
-        same = ("target_modules", "exclude_modules", "modules_to_save", "top_k", "router", "scaling", "dropout_on")
-        loss = ("balance_loss", "balance_coefficient", "balance_over", "balance_reduction", "z_loss_coefficient")
-        options = {name: getattr(self, name) for name in (*same, *loss)}
-        return {**options, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+        return {renamed.get(name, name): getattr(self, name) for name in type(self).model_fields}
+
+    @model_validator(mode="after")
+    def _usable(self) -> MixtureConfig:
+        # Whatever the model will be, so that a recipe is refused before anything is loaded.
+        LoraMoeConfig(**self.peft_options(), num_experts=max(self.top_k, 2))
+        return self
 
 
 class BudgetConfig(BaseModel):
@@ -226,6 +233,8 @@ class RunConfig(BaseModel):
                 "sweep.learning_rates chooses by the held-out loss, but train.use_held_out = True trains on those "
                 "rows. Set train.use_held_out to false, or leave sweep.learning_rates empty."
             )
+        if any(method.strategy in (SEARCHED, SHUFFLED) for method in self.methods):
+            refuse_unsearchable(self.mixture.router)
         if self.search.max_experts < self.mixture.top_k:
             raise ValueError(
                 f"search.max_experts = {self.search.max_experts} is below mixture.top_k = {self.mixture.top_k}. "

@@ -70,7 +70,7 @@ def model_shapes(model: nn.Module, config: RunConfig, task: Task) -> dict[str, M
 
 def router_cost(config: RunConfig) -> RouterCost:
     """What the run's router costs."""
-    return cost_of_router(config.mixture.router)
+    return cost_of_router(config.mixture.router, config.mixture.router_options)
 
 
 def resolve_budget(config: RunConfig, shapes: dict[str, ModuleShape]) -> tuple[int, str]:

@@ -94,7 +94,16 @@ def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def total_statistics(statistics: RouterStatistics) -> RouterStatistics:
-    """Router statistics of the global batch, so that a balance loss is that of a single process."""
+    """Router statistics of the global batch, so that a balance loss is that of a single process.
+
+    Raises:
+        GuilomoError: the loss is not made of sums over tokens.
+    """
+    if statistics.rows.dim():
+        raise GuilomoError(
+            "balance_loss = 'localized' compares the rows of a batch, which no sum over processes does. Search in one "
+            "process, or with balance_loss = 'cv_squared'."
+        )
     return RouterStatistics(*totals(list(vars(statistics).values())))
 
 

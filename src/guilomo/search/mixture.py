@@ -9,7 +9,7 @@ from torch import nn
 
 from guilomo.allocation import Allocation, ModuleShape
 from guilomo.errors import GuilomoError
-from guilomo.layers.routers import cost_of_router, router_class
+from guilomo.layers.routers import ROUTERS, RouterPrice, cost_of_router, router_class
 from guilomo.search.config import SearchConfig
 from guilomo.tuner import LoraMoeConfig
 
@@ -43,6 +43,8 @@ class SearchMixture:
             GuilomoError: the model carries no mixture of the size the search wants.
         """
         config = next(iter(getattr(model, "peft_config", {}).values()), None)
+        if isinstance(config, LoraMoeConfig):
+            refuse_unsearchable(config.router)
         plan = config.plan if isinstance(config, LoraMoeConfig) else None
         if plan is not None:
             _refuse_structures(plan)
@@ -53,9 +55,10 @@ class SearchMixture:
             )
         return cls(plan, {name: module.shape for name, module in plan.adapted().items()}, config, search)
 
-    def router_parameters(self, experts: int, in_features: int) -> int:
+    @property
+    def router_parameters(self) -> RouterPrice:
         """Trainable parameters of a module's router; a single expert has none."""
-        return cost_of_router(self.options.router)(experts, in_features)
+        return cost_of_router(self.options.router, self.options.router_options)
 
     def check_budget(self, budget: int) -> None:
         """Refuses a budget that no outcome of the search can meet.
@@ -85,6 +88,21 @@ def _refuse_structures(plan: Allocation) -> None:
             f"Module {tied!r} is no plain mixture (shared_a, sequential_rank or a feed-forward block), so its expert "
             "count and ranks cannot be searched. Search a plain mixture; guilomo.allocation.with_shared_a turns a plan "
             "into one with a shared A."
+        )
+
+
+def refuse_unsearchable(router: str) -> None:
+    """Refuses a router whose experts cannot be switched off by an offset of their scores.
+
+    Raises:
+        GuilomoError: naming the routers that a search can use.
+    """
+    if not router_class(router).searchable:
+        able = ", ".join(name for name, kind in ROUTERS.items() if kind.searchable)
+        raise GuilomoError(
+            f"router = {router!r} is not usable in a search, which switches experts off by their scores and needs a "
+            f"router that then shares the weight among the others: {able}. Search with one of them, and train a "
+            f"mixture of the allocation that was found with router={router!r}."
         )
 
 

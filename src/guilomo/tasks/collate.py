@@ -38,8 +38,8 @@ class Collator:
     max_length: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` `(B, T)`, `labels` `(B,)` or `(B, T)`, and `token_type_ids` if rows
-        have them.
+        """`input_ids`, `attention_mask` `(B, T)`, `labels` `(B,)` or `(B, T)`, and `token_type_ids` `(B, T)` and
+        `router_task_ids` `(B,)` if rows have them.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         rounded = -(-longest // self.multiple) * self.multiple
@@ -51,6 +51,8 @@ class Collator:
         }
         if "token_type_ids" in rows[0]:
             batch["token_type_ids"] = _pad([row["token_type_ids"] for row in rows], width, 0)
+        if "router_task_ids" in rows[0]:
+            batch["router_task_ids"] = torch.tensor([row["router_task_ids"] for row in rows])
         if isinstance(rows[0]["labels"], int):
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         else:

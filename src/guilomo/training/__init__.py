@@ -1,6 +1,7 @@
 """Fine-tuning with transformers' Trainer, and the callbacks that any Trainer can use."""
 
 from guilomo.training.accumulation import AccumulationCallback
+from guilomo.training.biases import RouterBiasCallback
 from guilomo.training.callbacks import DivergedError, FiniteLossCallback, ProgressCallback, RouterHealthCallback
 from guilomo.training.config import TrainConfig
 from guilomo.training.fine_tune import Interrupted, TrainResult, fine_tune, training_arguments
@@ -11,6 +12,7 @@ __all__ = [
     "FiniteLossCallback",
     "Interrupted",
     "ProgressCallback",
+    "RouterBiasCallback",
     "RouterHealthCallback",
     "TrainConfig",
     "TrainResult",

@@ -23,6 +23,7 @@ from guilomo.files import (
     unflat,
 )
 from guilomo.training.callbacks import HEALTH_FILE, RouterHealthCallback
+from guilomo.tuner.biases import biased_routers
 
 STATE_FILE = "trainer_state.json"
 """Where Trainer looks for the step to continue from."""
@@ -83,7 +84,9 @@ class FileTrainer(Trainer):
                 parameter.copy_(saved)
 
     def _weights(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """What training changes: trained parameters, and the biases of routers that are balanced without a loss."""
+        biases = [router.bias for router in biased_routers(self.model)]
+        return [*(p for p in self.model.parameters() if p.requires_grad), *biases]
 
     # The four places where Trainer saves and reads a checkpoint.
 

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from guilomo.layers import RouterHealth
 from guilomo.tasks import Task
+from guilomo.training.biases import RouterBiasCallback
 from guilomo.training.callbacks import FiniteLossCallback, Progress, ProgressCallback, RouterHealthCallback
 from guilomo.training.checkpoint import FileTrainer
 from guilomo.training.config import TrainConfig
@@ -136,7 +137,7 @@ def _trainer(model: nn.Module, task: Task, config: TrainConfig, folder: Path, sc
         args=training_arguments(config, scratch, seed, next(model.parameters()).device.type == "cpu"),
         train_dataset=[*task.train, *task.held_out] if config.use_held_out else task.train,
         data_collator=task.collate,
-        callbacks=[health, FiniteLossCallback()],
+        callbacks=[health, FiniteLossCallback(), RouterBiasCallback()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

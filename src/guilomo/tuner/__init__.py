@@ -1,14 +1,17 @@
 """The PEFT tuner: `LoraMoeConfig` attaches packed mixtures of LoRA experts to any transformers model."""
 
+from guilomo.tuner.biases import update_router_biases
 from guilomo.tuner.config import LoraMoeConfig
-from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of
+from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of, tasks_given
 from guilomo.tuner.feed_forward import FeedForwardLayer
-from guilomo.tuner.fixed_gates import fixed_gates
+from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
+from guilomo.tuner.preservation import expert_weights, preservation_loss
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
+from guilomo.tuner.trained import train_only_routers
 
 register()
 
@@ -21,7 +24,13 @@ __all__ = [
     "SelectionMasks",
     "adaptable_modules",
     "context_of",
+    "expert_weights",
     "fixed_gates",
     "plan_for_router",
+    "preservation_loss",
     "target_shapes",
+    "task_gates",
+    "tasks_given",
+    "train_only_routers",
+    "update_router_biases",
 ]

@@ -12,8 +12,8 @@ from peft import PeftConfig
 from guilomo.allocation.plan import SCALINGS, Allocation
 from guilomo.errors import invalid, unknown
 from guilomo.files import check_checksum, refuse_pickle, write_checksum
-from guilomo.layers.balance import BALANCE_FORMS
-from guilomo.layers.routers import router_class
+from guilomo.layers.balance import BALANCE_FORMS, check_balance_options
+from guilomo.layers.routers import ROUTERS, router_class, router_options
 from guilomo.tuner.card import add_loading_section
 
 
@@ -89,16 +89,23 @@ class LoraMoeConfig(PeftConfig):
             "for each kind of block. Unset: the names that are known."
         },
     )
-    router: str = field(default="topk", metadata={"help": "topk, topk_of_softmax (not renormalised), dense or fixed."})
-    router_weights: list[float] | None = field(
-        default=None, metadata={"help": "For router='fixed': the weight of each expert. Unset: 1/E."}
+    router: str = field(default="topk", metadata={"help": "How experts are weighted; see docs/methods.md."})
+    router_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of the router by name, such as {'weights': [0.5, 0.5]} of router='fixed'."},
+    )
+    router_loss_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the router's own loss, where it has one; docs/methods.md says which."}
     )
     balance_loss: str | None = field(
         default="switch",
-        metadata={"help": "Form: switch, switch_per_slot, sign, cv_squared, or null. Forms differ in scale."},
+        metadata={"help": "Form, or null for none; docs/methods.md lists the forms. They differ in scale."},
     )
     balance_coefficient: float = field(
         default=0.001, metadata={"help": "Weight of the balance loss. Higher: evenly used, less specialised experts."}
+    )
+    balance_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of the balance loss by name, where its form has some."}
     )
     balance_over: str = field(
         default="module",
@@ -176,7 +183,7 @@ class LoraMoeConfig(PeftConfig):
             raise invalid("drop_connect", self.drop_connect, "0 unless shared_a=True", "Set shared_a=True.")
         if self.bias != "none":
             raise invalid("bias", self.bias, "'none'", "Name the modules whose biases to train in modules_to_save.")
-        for name in ("balance_coefficient", "z_loss_coefficient"):
+        for name in ("balance_coefficient", "z_loss_coefficient", "router_loss_coefficient"):
             if not getattr(self, name) >= 0:
                 raise invalid(name, getattr(self, name), "a number of at least 0")
         router_class(self.router)
@@ -190,8 +197,26 @@ class LoraMoeConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, str(getattr(self, name)), [str(a) for a in allowed])
-        if self.router_weights is not None and self.router != "fixed":
-            raise invalid("router_weights", self.router_weights, "unset unless router='fixed'", "Set router='fixed'.")
+        router_options(self.router, self.router_options)
+        check_balance_options(self.balance_loss, self.balance_options)
+        self._check_router()
+
+    def _check_router(self) -> None:
+        """Refuses what the router cannot be combined with."""
+        kind = router_class(self.router)
+        losses = {"balance_loss": self.balance_coefficient, "z_loss_coefficient": self.z_loss_coefficient}
+        for name, coefficient in losses.items():
+            if not kind.balanced and coefficient > 0 and getattr(self, name):
+                off = "null" if name == "balance_loss" else "0"
+                reason = f"{off} with router={self.router!r}, which takes no such loss"
+                raise invalid(name, getattr(self, name), reason, f"Set {name} to {off}.")
+        if self.router_loss_coefficient > 0 and not kind.own_loss:
+            with_one = ", ".join(name for name, other in ROUTERS.items() if other.own_loss)
+            reason = f"0 with router={self.router!r}, which has no loss of its own (those that do: {with_one})"
+            raise invalid("router_loss_coefficient", self.router_loss_coefficient, reason)
+        if kind.reads_ranks and self.lora_dropout > 0 and self.dropout_on == "input":
+            remedy = "The router reads the rank activations: set lora_dropout to 0 or dropout_on to 'rank'."
+            raise invalid("lora_dropout", self.lora_dropout, f"0 with router={self.router!r}", remedy)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; also tells in the folder's README how another process loads the adapter, and writes the checksum

@@ -7,19 +7,25 @@ wrapper, which untyped models and transformers' own ``add_adapter`` bypass). It 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from guilomo.errors import invalid
 from guilomo.layers.attach import LossScale
 from guilomo.layers.balance import RouterStatistics
 from guilomo.layers.feed_forward import Slots
 from guilomo.tuner.loss_scale import measure_loss_scale, token_share
 from guilomo.tuner.shared_input import SharedInputs
+
+TASKS = "router_task_ids"
+"""The model's keyword, and the column of token rows, that says each row's task; ``task_ids`` is PEFT's own."""
 
 
 @dataclass
@@ -40,6 +46,7 @@ class RoutingContext:
     Attributes:
         real: ``(B, S)`` which tokens are real (not padding), or None for all.
         batch_size: rows of the batch, when the model's inputs say so.
+        task: ``(B,)`` int64 task of each row, or None; task_given: those of `tasks_given`, for passes that name none.
         in_forward: False during a recomputation by gradient checkpointing, so that nothing is counted twice.
         record: whether to sum router statistics for health reports.
         statistics: summed statistics per module, when recorded.
@@ -56,6 +63,8 @@ class RoutingContext:
 
     real: Tensor | None = None
     batch_size: int | None = None
+    task: Tensor | None = None
+    task_given: Tensor | None = None
     in_forward: bool = False
     record: bool = False
     statistics: dict[str, RouterStatistics] = field(default_factory=dict)
@@ -88,6 +97,21 @@ class RoutingContext:
         """The masks of a module, those for rows of the batch shaped to fit ``x (N, ..., I)``; None outside a search."""
         masks = self.masks.get(module)
         return None if masks is None else SelectionMasks(*(self._for_rows_of(x, m) for m in vars(masks).values()))
+
+    def tasks_for(self, x: Tensor) -> Tensor | None:
+        """``(N,)`` tasks of the rows of ``x (N, ..., I)``; None where nobody gave them.
+
+        Raises:
+            GuilomoError: the leading dimension is not a whole number of batch rows, or tasks are no whole numbers.
+        """
+        if self.task is None:
+            return None
+        if self.task.dim() != 1 or self.task.is_floating_point():
+            got = f"{self.task.dtype} of shape {tuple(self.task.shape)}"
+            raise invalid(TASKS, got, "one whole number per row of the batch, (B,) int64")
+        if not len(self.task) or x.shape[0] % len(self.task):
+            raise invalid(TASKS, f"for {len(self.task)} rows", f"one per row; a layer's input has {x.shape[0]} rows")
+        return self.task.to(x.device, torch.int64).repeat_interleave(x.shape[0] // len(self.task))
 
     def _for_rows_of(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is None or mask.dim() == 1:
@@ -123,12 +147,19 @@ class RoutingContext:
         """Adds to the recorded statistics of a module, once per forward pass."""
         if self.record and self.in_forward:
             seen = self.statistics.get(module)
-            detached = statistics.detach()
+            detached = statistics.detach().without_rows()
             self.statistics[module] = detached if seen is None else seen + detached
 
 
-def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Pre-forward hook of the base model: finds the token mask and the batch size among the inputs."""
+def begin_forward(
+    context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Pre-forward hook of the base model: finds the token mask and the batch size among the inputs, and takes out the
+    rows' tasks, which the model itself does not know."""
+    asked = kwargs
+    if TASKS in kwargs:
+        kwargs = {name: value for name, value in kwargs.items() if name != TASKS}
+    context.task = asked.get(TASKS, context.task_given)
     inputs = _named_inputs(module, args, kwargs)
     mask = inputs.get("attention_mask")
     context.real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -140,6 +171,7 @@ def begin_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs:
     if first is not None and torch.is_grad_enabled():
         context.scale.reset(first.device)
     context.in_forward = True
+    return None if kwargs is asked else (args, kwargs)
 
 
 def end_forward(context: RoutingContext, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -173,6 +205,22 @@ def context_of(model: nn.Module) -> RoutingContext:
         model.__dict__["_guilomo_context"] = context
         model.__dict__["_guilomo_hooks"] = handles
     return context
+
+
+@contextmanager
+def tasks_given(model: nn.Module, tasks: Tensor) -> Iterator[None]:
+    """Inside, every pass that names no tasks itself has these ``(B,)``: for ``generate``, which refuses new keywords.
+
+    Args:
+        model: a base model or a PeftModel around it.
+        tasks: int64, of the rows of the batch. Beams of a row share its task.
+    """
+    context = context_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    before, context.task_given = context.task_given, tasks
+    try:
+        yield
+    finally:
+        context.task_given = before
 
 
 def remove_context(model: nn.Module) -> None:

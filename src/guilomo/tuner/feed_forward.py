@@ -10,6 +10,7 @@ from torch import Tensor
 from guilomo.allocation.modules import OUT, ROUTE
 from guilomo.errors import GuilomoError
 from guilomo.layers.feed_forward import Slots, beyond_one, stacked_outputs, summed_delta, weighted_sum
+from guilomo.tuner.forward import with_router_losses
 from guilomo.tuner.layer import LoraMoeLayer
 
 
@@ -40,14 +41,13 @@ class FeedForwardLayer(LoraMoeLayer):
         """``(N, ..., I)`` to ``(K N, ..., O)``."""
         routing = None
         if self.molora_plan[adapter].role == ROUTE:
-            router = self._router(adapter)
-            assert router is not None
-            routing = router(x)
+            routing = self.routing(x, adapter)
+            assert routing is not None
             self.context.slots[self._key(adapter)] = Slots.of(routing)
         slots = self._slots(adapter)
         h = self._rank_activations(x, adapter)
-        y = stacked_outputs(self.base_layer(x), h, slots, self._layout(adapter).spread, self.molora_B[adapter])
-        return y if routing is None else self._attach_losses(y, x, routing, adapter)
+        y = stacked_outputs(self.base_layer(x), h, slots, self.mixtures[adapter].layout.spread, self.molora_B[adapter])
+        return y if routing is None else with_router_losses(self.mixtures[adapter], y, x, routing)
 
     def _summed(self, x: Tensor, adapter: str) -> Tensor:
         """``(K N, ..., I)`` to ``(N, ..., O)``."""
@@ -66,17 +66,17 @@ class FeedForwardLayer(LoraMoeLayer):
         if bias is not None:
             y = y + (beyond_one(slots).unsqueeze(-1) * bias).to(y.dtype)
         h = self._rank_activations(each, adapter)
-        delta = summed_delta(h, slots, self._layout(adapter).spread, self.molora_B[adapter])
+        delta = summed_delta(h, slots, self.mixtures[adapter].layout.spread, self.molora_B[adapter])
         return y + delta.to(y.dtype)
 
     def _rank_activations(self, x: Tensor, adapter: str) -> Tensor:
         """``(..., I) -> (..., R)``, dropout included."""
-        a = self._down(adapter)
-        wide = F.dropout(self._cast_input_dtype(x, a.dtype), self._drops(adapter, "input"))
+        a = self.mixtures[adapter].down()
+        wide = F.dropout(self._cast_input_dtype(x, a.dtype), self.mixtures[adapter].chance("input"))
         h = F.linear(wide, a)
         if self.molora_plan[adapter].shared_a:
-            h = h.repeat(*[1] * (h.dim() - 1), self._layout(adapter).experts)
-        return F.dropout(h, self._drops(adapter, "rank"))
+            h = h.repeat(*[1] * (h.dim() - 1), self.mixtures[adapter].layout.experts)
+        return F.dropout(h, self.mixtures[adapter].chance("rank"))
 
     def _key(self, adapter: str) -> str:
         return f"{adapter}: {self.molora_plan[adapter].block}"

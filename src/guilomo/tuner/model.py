@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Hashable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -11,8 +12,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from guilomo.allocation.names import depths_of
 from guilomo.allocation.plan import Allocation, ModulePlan
 from guilomo.errors import GuilomoError
+from guilomo.layers.routers import router_class, router_options
+from guilomo.layers.routing import Place
 from guilomo.tuner.config import LoraMoeConfig
 from guilomo.tuner.context import context_of, remove_context
 from guilomo.tuner.feed_forward import FeedForwardLayer
@@ -32,6 +36,7 @@ class LoraMoeModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     _plans: dict[str, Allocation]
     _losses: dict[str, dict[str, RouterLoss]]
+    _shared: dict[str, dict[Hashable, nn.Module]]
 
     def _resolve(self, model: nn.Module, config: LoraMoeConfig, adapter_name: str) -> None:
         """Fixes the plan of an adapter and writes it into its config, from where it is saved."""
@@ -46,6 +51,7 @@ class LoraMoeModel(BaseTuner):
         self.__dict__.setdefault("_plans", {})[adapter_name] = plan
         losses = router_losses(config, balance_groups(plan, config.balance_over), adapter_name)
         self.__dict__.setdefault("_losses", {})[adapter_name] = losses
+        self.__dict__.setdefault("_shared", {})[adapter_name] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with the plan fixed first."""
@@ -69,8 +75,9 @@ class LoraMoeModel(BaseTuner):
     ) -> None:
         plan = self._plans[adapter_name]
         loss = self._losses[adapter_name].get(current_key, _NO_LOSS)
+        place, hosts = self._place(adapter_name, config, current_key)
         if isinstance(target, LoraMoeLayer):
-            target.update_layer(adapter_name, plan, config, loss)
+            target.update_layer(adapter_name, plan, config, loss, place, hosts)
             return
         shape = linear_shape(target)
         assert shape is not None, "the plan was checked against the model's linear layers"
@@ -78,10 +85,27 @@ class LoraMoeModel(BaseTuner):
         layer = kind(target, current_key, shape, context_of(self.model))
         layer._active_adapter = adapter_name
         layer.quantization_backend = resolve_quantization_backend(target, **self._torchao_options())
-        layer.update_layer(adapter_name, plan, config, loss)
+        layer.update_layer(adapter_name, plan, config, loss, place, hosts)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _place(self, adapter: str, config: LoraMoeConfig, module: str) -> tuple[Place, bool]:
+        """Where a module stands, and whether it is the first of those that share a part of their routers.
+
+        The others hold that part without registering it, so that it is saved, counted and optimised once.
+        """
+        plan, kind = self._plans[adapter], router_class(config.router)
+        depths = depths_of(plan.adapted())
+        depth = depths[module] / max(*depths.values(), 1)
+        experts, in_features = plan[module].experts, plan[module].in_features
+        key = kind.shared_key(experts, in_features) if plan[module].routes else None
+        if key is None:
+            return Place(depth), False
+        held, hosts = self._shared[adapter], key not in self._shared[adapter]
+        if hosts:
+            held[key] = kind.shared(experts, in_features, **router_options(config.router, config.router_options))
+        return Place(depth, held[key]), hosts
 
     def _torchao_options(self) -> dict[str, Any]:
         try:
@@ -94,6 +118,7 @@ class LoraMoeModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._plans.pop(adapter_name, None)
         self._losses.pop(adapter_name, None)
+        self._shared.pop(adapter_name, None)
 
     def _check_merge_allowed(self) -> None:
         """Refuses before any weight is touched."""

@@ -40,6 +40,7 @@ def resolve_allocation(model: nn.Module, config: LoraMoeConfig) -> Allocation:
             "Give at least one module a non-empty list of ranks."
         )
     _refuse_one_expert_per_token(plan, config)
+    _refuse_wide_experts(plan, config.router)
     return plan_for_router(plan, config.router)
 
 
@@ -57,6 +58,16 @@ def plan_for_router(plan: Allocation, router: str) -> Allocation:
         return plan
     everyone = {n: replace(m, top_k=m.experts) if m.ranks else m for n, m in plan.modules.items()}
     return replace(plan, modules=everyone)
+
+
+def _refuse_wide_experts(plan: Allocation, router: str) -> None:
+    """A router that reads rank activations has one for each expert."""
+    if not router_class(router).reads_ranks:
+        return
+    for name, module in plan.adapted().items():
+        if module.experts > 1 and max(module.ranks) > 1:
+            allowed = f"rank 1 for every expert with router={router!r}"
+            raise invalid(f"ranks of module {name!r}", module.ranks, allowed, "Set r=1, and num_experts to the rank.")
 
 
 def _refuse_unknown(plan: Allocation, shapes: dict[str, ModuleShape]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from guilomo.layers.routed import Made
 
 if TYPE_CHECKING:
     from guilomo.tuner.layer import LoraMoeLayer
+    from guilomo.tuner.mixture import Mixture
 
 TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
@@ -45,19 +47,14 @@ class Part(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a layer needs of its x: the x that its frozen layer is to read, its products, the frozen product if our
-    nodes make it, and what a kernel made."""
+    """What a layer needs of its x on a path: the x that its frozen layer is to read, its products, the frozen product
+    if our nodes make it, and what a kernel made."""
 
+    path: str
     read: Tensor
     shrunk: Shrunk
     frozen: Frozen | None
     made: Made | None
-
-
-class _Aside(NamedTuple):
-    seen: _Seen
-    path: str
-    reading: Reading
 
 
 @dataclass
@@ -65,28 +62,40 @@ class SharedInputs:
     """The layers of one model by name, and what is put aside in the forward pass now running."""
 
     layers: dict[str, LoraMoeLayer] = field(default_factory=dict)
-    _aside: dict[str, _Aside] = field(default_factory=dict)
+    _aside: dict[str, tuple[_Seen, Reading]] = field(default_factory=dict)
 
-    def companions(self, layer: LoraMoeLayer) -> list[LoraMoeLayer]:
-        """The other layers that are likely to be called with the same x."""
-        parent, _, own = layer.name.rpartition(".")
-        if any(word in parent.rpartition(".")[2].lower() for word in APART):
-            return []
-        group = next((group for group in TOGETHER if own in group), ())
-        names = [f"{parent}.{name}" if parent else name for name in group if name != own]
-        return [self.layers[name] for name in names if name in self.layers]
+    def companions(self, layer: LoraMoeLayer) -> list[Mixture]:
+        """The mixtures of the other layers that are likely to be called with the same x."""
+        found = (self.layers.get(name) for name in _companions(layer.name))
+        return [mixture for other in found if other is not None and (mixture := _only_mixture(other, type(layer)))]
 
-    def put_aside(self, layer: LoraMoeLayer, x: Tensor, path: str, reading: Reading) -> None:
-        self._aside[layer.name] = _Aside(_Seen(x), path, reading)
+    def put_aside(self, layer: LoraMoeLayer, x: Tensor, reading: Reading) -> None:
+        self._aside[layer.name] = _Seen(x), reading
 
-    def take(self, layer: LoraMoeLayer, x: Tensor, path: str) -> Reading | None:
-        """What was put aside for this call of the layer on this path, or None."""
+    def take(self, layer: LoraMoeLayer, x: Tensor) -> Reading | None:
+        """What was put aside for this call of the layer, or None."""
         found = self._aside.pop(layer.name, None)
-        return found.reading if found is not None and found.path == path and found.seen.is_still(x) else None
+        return found[1] if found is not None and found[0].is_still(x) else None
 
     def forget(self) -> None:
         """Lets go of what was put aside and not fetched."""
         self._aside.clear()
+
+
+@cache
+def _companions(name: str) -> tuple[str, ...]:
+    parent, _, own = name.rpartition(".")
+    if any(word in parent.rpartition(".")[2].lower() for word in APART):
+        return ()
+    group = next((group for group in TOGETHER if own in group), ())
+    return tuple(f"{parent}.{other}" if parent else other for other in group if other != own)
+
+
+def _only_mixture(layer: LoraMoeLayer, kind: type[LoraMoeLayer]) -> Mixture | None:
+    """The one mixture that a layer would compute with; None if there is not just one."""
+    if type(layer) is not kind or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    return layer.mixtures.get(layer.active_adapters[0])
 
 
 class _Seen:

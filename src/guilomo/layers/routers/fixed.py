@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from guilomo.errors import invalid
-from guilomo.layers.routing import Router, Routing, accumulation_dtype
+from guilomo.layers.options import option
+from guilomo.layers.routing import NOWHERE, Place, Router, Routing, Tokens, accumulation_dtype
 
 
 class FixedRouter(Router):
@@ -17,14 +18,24 @@ class FixedRouter(Router):
 
     static = True
     dense = True
+    searchable = True
     weights: Tensor
 
-    def __init__(self, in_features: int, experts: int, top_k: int, weights: list[float] | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        experts: int,
+        top_k: int,
+        place: Place = NOWHERE,
+        *,
+        weights: list[float] | None = None,
+    ) -> None:
         super().__init__()
+        self.check_options(weights=weights)
         given = [1.0 / experts] * experts if weights is None else [float(w) for w in weights]
-        if len(given) != experts or not all(math.isfinite(w) and w > 0 for w in given):
+        if len(given) != experts:
             raise invalid(
-                "router_weights",
+                option("weights"),
                 weights,
                 f"{experts} positive numbers, one per expert",
                 "Leave it unset for equal weights, or give every adapted module the same number of experts.",
@@ -40,13 +51,23 @@ class FixedRouter(Router):
         self.weights = torch.tensor(self._given, dtype=dtype).to(self.weights.device)
         return self
 
-    @staticmethod
-    def parameters_for(experts: int, in_features: int) -> int:
+    @classmethod
+    def check_options(cls, weights: list[float] | None = None, **options: Any) -> None:
+        if weights is None:
+            return
+        listed = isinstance(weights, (list, tuple)) and len(weights) > 0
+        if not listed or not all(isinstance(w, (int, float)) and math.isfinite(w) and w > 0 for w in weights):
+            raise invalid(
+                option("weights"), weights, "positive numbers, one per expert", "Leave it unset for 1/E each."
+            )
+
+    @classmethod
+    def parameters_for(cls, experts: int, in_features: int, **options: Any) -> int:
         return 0
 
     def logits(self, x: Tensor) -> Tensor:
         scores = self.weights.to(accumulation_dtype(x.dtype)).log()
         return scores.expand(*x.shape[:-1], -1)
 
-    def route(self, logits: Tensor) -> Routing:
+    def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         return Routing(logits.exp(), logits)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guilomo.layers.routing import Router, accumulation_dtype, without_autocast
+from guilomo.layers.routing import NOWHERE, Place, Router, accumulation_dtype, without_autocast
 
 
 class LinearRouter(Router):
     """Scores ``logits = x W^T`` with ``W (E, I)``, Kaiming-uniform(a=sqrt 5) at the start."""
 
-    def __init__(self, in_features: int, experts: int, top_k: int) -> None:
+    def __init__(self, in_features: int, experts: int, top_k: int, place: Place = NOWHERE) -> None:
         super().__init__()
         self.experts = experts
         self.top_k = experts if self.dense else top_k
         self.weight = nn.Parameter(torch.empty(experts, in_features))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    @staticmethod
-    def parameters_for(experts: int, in_features: int) -> int:
+    @classmethod
+    def parameters_for(cls, experts: int, in_features: int, **options: Any) -> int:
         return experts * in_features
 
     @property

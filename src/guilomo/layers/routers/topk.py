@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guilomo.layers.routers.linear import LinearRouter
-from guilomo.layers.routing import Routing, softmax_over_experts
+from guilomo.layers.routing import Routing, Tokens, softmax_over_experts
 
 
 class TopKRouter(LinearRouter):
@@ -20,19 +20,28 @@ class TopKRouter(LinearRouter):
     weight is the probability itself, as in the Switch transformer (arXiv 2101.03961).
     """
 
-    def route(self, logits: Tensor) -> Routing:
+    searchable = True
+
+    def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         if self.top_k == self.experts:
             return Routing(softmax_over_experts(logits), logits)
         if self.top_k > 1 and not torch.is_grad_enabled():
             values, kept = largest(logits, self.top_k)
             return Routing(softmax_over_experts(values), logits, kept)
         _, kept = largest(logits.detach(), self.top_k)
-        if self.top_k == 1 or torch.compiler.is_compiling():
+        if self.top_k == 1:
             chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
-            scores = logits if self.top_k == 1 else logits.masked_fill(~chosen, float("-inf"))
-            return Routing(softmax_over_experts(scores) * chosen, logits, kept)
-        weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
-        return Routing(weights, logits, kept)
+            return Routing(softmax_over_experts(logits) * chosen, logits, kept)
+        return Routing(softmax_over_kept(logits, kept), logits, kept)
+
+
+def softmax_over_kept(logits: Tensor, kept: Tensor) -> Tensor:
+    """``(..., E)``: the softmax over the kept ``(..., K)`` of ``logits (..., E)``, and 0 elsewhere."""
+    if torch.compiler.is_compiling():
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, kept, True)
+        return softmax_over_experts(logits.masked_fill(~chosen, float("-inf"))) * chosen
+    weights: Tensor = _SoftmaxOverKept.apply(logits, kept)
+    return weights
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +57,8 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 1:
         return value, first
     next_value, second = logits.scatter(-1, first, float("-inf")).max(-1, keepdim=True)
+    # Where all others are -inf too, the first one is found again.
+    second = torch.where(second == first, first + 1, second)
     return torch.cat([value, next_value], dim=-1), torch.cat([first, second], dim=-1)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routers.topk import largest
-from guilomo.layers.routing import Routing, softmax_over_experts
+from guilomo.layers.routing import Routing, Tokens, softmax_over_experts
 
 
 class TopKOfSoftmaxRouter(LinearRouter):
@@ -16,7 +16,7 @@ class TopKOfSoftmaxRouter(LinearRouter):
     The weights of a token sum to less than 1, by what the softmax gave to the experts left out.
     """
 
-    def route(self, logits: Tensor) -> Routing:
+    def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         probabilities = softmax_over_experts(logits)
         if self.top_k == self.experts:
             return Routing(probabilities, logits)
