@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router")
-    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "fixed_gates")
+    other_param_names = ("molora_layout", "molora_dropout", "molora_loss", "molora_train", "fixed_gates")
 
     def __init__(self, base_layer: nn.Module, name: str, shape: ModuleShape, context: RoutingContext) -> None:
         super().__init__()
@@ -57,6 +57,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_loss: dict[str, RouterLoss] = {}
+        self.molora_train: dict[str, str] = {}
         self.fixed_gates: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -74,12 +75,29 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout[adapter] = ExpertLayout(module.ranks, plan.scales(self.name))
         self.molora_dropout[adapter] = nn.ModuleDict({config.dropout_on: nn.Dropout(config.lora_dropout)})
         self.molora_loss[adapter] = loss
+        self.molora_train[adapter] = config.train
         if module.experts > 1:
             options = {"weights": config.router_weights} if config.router == "fixed" else {}
             router = router_class(config.router)(self.in_features, module.experts, module.top_k, **options)
             self.molora_router[adapter] = router
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; experts stay frozen where only routers are trained."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_experts()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in PEFT; experts stay frozen where only routers are trained."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_experts()
+
+    def _freeze_experts(self) -> None:
+        for adapter, trained in self.molora_train.items():
+            if trained == "router":
+                self.molora_A[adapter].requires_grad_(False)
+                self.molora_B[adapter].requires_grad_(False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

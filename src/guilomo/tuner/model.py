@@ -36,6 +36,7 @@ class LoraMoeModel(BaseTuner):
         """Fixes the plan of an adapter and writes it into its config, from where it is saved."""
         plan = resolve_allocation(model, config)
         config.allocation = plan.to_dict()
+        config.check_names()
         # The plan says these now; PEFT would warn about patterns and exclusions that match nothing it adapts.
         config.rank_pattern = {}
         config.exclude_modules = None
