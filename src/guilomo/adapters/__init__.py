@@ -1,7 +1,33 @@
 """Banks of ready-made LoRA adapters: reading them, choosing among them, and making them the experts of one mixture."""
 
+from guilomo.adapters.attached import attached
+from guilomo.adapters.bank import adapters_in, describe
 from guilomo.adapters.lora import LoraAdapter, LoraPair, read_adapter
 from guilomo.adapters.mixture import mixture_of, named_folders
+from guilomo.adapters.rocket import RocketChoice, rocket_choice
+from guilomo.adapters.selection import WAYS, Candidate, Selection, select
+from guilomo.adapters.shots import ShotScore, draw_shots, score_shots
+from guilomo.adapters.similarity import similarity
 from guilomo.adapters.training import train_only
 
-__all__ = ["LoraAdapter", "LoraPair", "mixture_of", "named_folders", "read_adapter", "train_only"]
+__all__ = [
+    "WAYS",
+    "Candidate",
+    "LoraAdapter",
+    "LoraPair",
+    "RocketChoice",
+    "Selection",
+    "ShotScore",
+    "adapters_in",
+    "attached",
+    "describe",
+    "draw_shots",
+    "mixture_of",
+    "named_folders",
+    "read_adapter",
+    "rocket_choice",
+    "score_shots",
+    "select",
+    "similarity",
+    "train_only",
+]
