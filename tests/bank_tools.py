@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,19 @@ def save_adapter(folder: Path, base: str = "llama", seed: int = 0, **options: An
 def save_bank(folder: Path, adapters: dict[str, dict[str, Any]] = MIXED, base: str = "llama") -> dict[str, Path]:
     """A folder of adapters by name."""
     return {n: save_adapter(folder / n, base, seed, **options) for seed, (n, options) in enumerate(adapters.items())}
+
+
+def save_bank_of(model: nn.Module, folder: Path, adapters: dict[str, dict[str, Any]]) -> Path:
+    """A folder of adapters for a given model, whose heads, where they have some, are the model's."""
+    for seed, (name, options) in enumerate(adapters.items()):
+        torch.manual_seed(seed)
+        given = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_alpha": 8, **options}
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
+        for key, parameter in adapted.named_parameters():
+            if ".lora_" in key:
+                nn.init.normal_(parameter, std=0.3)
+        save(adapted, folder / name)
+    return folder
 
 
 def alone(folder: Path, base: str = "llama") -> PeftModel:

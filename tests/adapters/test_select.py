@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from bank_tools import save_bank_of
 from guilomo import GuilomoError
 from guilomo.adapters import Selection, adapters_in, attached, describe, draw_shots, mixture_of, score_shots, select
 from guilomo.evaluation import evaluate
@@ -36,16 +37,7 @@ def llama(llama_folder: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def bank(llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bank")
-    for seed, (name, options) in enumerate(OPTIONS.items()):
-        torch.manual_seed(seed)
-        given = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_alpha": 8, **options}
-        model = get_peft_model(copy.deepcopy(llama), LoraConfig(**given))
-        for key, parameter in model.named_parameters():
-            if ".lora_" in key:
-                nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder / name, save_embedding_layers=False)
-    return adapters_in(folder)
+    return adapters_in(save_bank_of(llama, tmp_path_factory.mktemp("bank"), OPTIONS))
 
 
 def _task(colours: Path, tokenizer_folder: Path, kind: str, **options: Any) -> Task:
