@@ -9,6 +9,7 @@ from guilomo.adapters.selection import WAYS, Candidate, Selection, select
 from guilomo.adapters.shots import ShotScore, draw_shots, score_shots
 from guilomo.adapters.similarity import similarity
 from guilomo.adapters.training import train_only
+from guilomo.adapters.xlora import load_xlora, save_xlora, softmax_is_per_token, xlora_of
 
 __all__ = [
     "WAYS",
@@ -22,12 +23,16 @@ __all__ = [
     "attached",
     "describe",
     "draw_shots",
+    "load_xlora",
     "mixture_of",
     "named_folders",
     "read_adapter",
     "rocket_choice",
+    "save_xlora",
     "score_shots",
     "select",
     "similarity",
+    "softmax_is_per_token",
     "train_only",
+    "xlora_of",
 ]
