@@ -12,11 +12,15 @@ from peft import PeftModel, XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapter_tools import logits, train_a_step
-from bank_tools import alone, save_adapter, save_bank
+from bank_tools import alone, save_adapter, save_bank, save_bank_of
 from guilomo import GuilomoError
-from guilomo.adapters import load_xlora, mixture_of, save_xlora, softmax_is_per_token, xlora_of
+from guilomo.adapters import adapters_in, load_xlora, mixture_of, save_xlora, softmax_is_per_token, xlora_of
+from guilomo.evaluation import evaluate
+from guilomo.tasks import TaskConfig, build_task
+from guilomo.training import TrainConfig, fine_tune
 from tiny_models import build, inputs_for
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -101,6 +105,21 @@ def test_the_classifier_alone_is_trained(bank: dict[str, Path]) -> None:
     train_a_step(model, inputs_for("llama"))
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == trained
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_it_is_trained_as_mixtures_are(
+    llama_folder: Path, colours: Path, bank: dict[str, Path], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    bank = adapters_in(save_bank_of(base, tmp_path / "other", ADAPTERS))
+    task = build_task(
+        TaskConfig(kind="causal_lm", source=str(colours), name="colours", max_length=64),
+        AutoTokenizer.from_pretrained(llama_folder),
+    )
+    model = xlora_of(base, bank)
+    before = evaluate(model, task).metrics["loss"].value
+    fine_tune(model, task, TrainConfig(max_steps=10, batch_size=8, learning_rate=0.05), tmp_path / "fit")
+    assert evaluate(model, task).metrics["loss"].value < before
 
 
 def test_why_peft_does_not_save_it(bank: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from guilomo.errors import GuilomoError, invalid
 from guilomo.evaluation import evaluate
+from guilomo.evaluation.forward import evaluating, row_results
 from guilomo.tasks import Task
 from guilomo.tasks.split import strata_of, take
 
@@ -62,18 +63,20 @@ def score_shots(model: nn.Module, shots: Task, accuracy: bool, batch_size: int) 
         raise GuilomoError(
             "Plain text (kind: lm) has no right answers, so adapters cannot be chosen by accuracy. Use by='perplexity'."
         )
+    if not accuracy:
+        with evaluating(model):
+            losses, counts, _ = row_results(model, shots, shots.train, batch_size)
+        return ShotScore(None, _perplexity(losses, counts))
     has_options = all(example.choices for example in shots.examples["train"])
-    generate = accuracy and shots.kind == "causal_lm" and not has_options
+    generate = shots.kind == "causal_lm" and not has_options
     found = evaluate(model, shots, "train", batch_size, generate)
-    per_row = [loss / count for loss, count in zip(found.row_loss, found.row_tokens, strict=True)]
-    right = None
-    if accuracy:
-        right = found.metrics["exact_match" if generate else "accuracy"].value
-    return ShotScore(right, _exp(math.fsum(per_row) / len(per_row)))
+    right = found.metrics["exact_match" if generate else "accuracy"].value
+    return ShotScore(right, _perplexity(found.row_loss, found.row_tokens))
 
 
-def _exp(loss: float) -> float:
+def _perplexity(losses: Sequence[float], counts: Sequence[int]) -> float:
+    per_row = [loss / count for loss, count in zip(losses, counts, strict=True)]
     try:
-        return math.exp(loss)
+        return math.exp(math.fsum(per_row) / len(per_row))
     except OverflowError:
         return math.inf
