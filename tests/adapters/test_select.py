@@ -129,9 +129,12 @@ def test_manual(llama: nn.Module, bank: dict[str, Path], task: Task) -> None:
 def test_the_base_model_is_as_before_and_never_copied(
     llama: nn.Module, bank: dict[str, Path], task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    llama.requires_grad_(True)
+    llama.train()
     tensors = {n: (t.data_ptr(), t.clone()) for n, t in llama.state_dict().items()}
     modules, attributes = [id(m) for m in llama.modules()], set(vars(llama))
     flags = [(p.requires_grad, m.training) for m in llama.modules() for p in m.parameters(recurse=False)]
+    assert all(all(flag) for flag in flags)
     sizes = []
 
     def counting(model: nn.Module, *args: Any) -> Any:

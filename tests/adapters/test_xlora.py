@@ -107,9 +107,7 @@ def test_the_classifier_alone_is_trained(bank: dict[str, Path]) -> None:
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
-def test_it_is_trained_as_mixtures_are(
-    llama_folder: Path, colours: Path, bank: dict[str, Path], tmp_path: Path
-) -> None:
+def test_it_is_trained_as_mixtures_are(llama_folder: Path, colours: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     bank = adapters_in(save_bank_of(base, tmp_path / "other", ADAPTERS))
     task = build_task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,13 @@ def test_a_fit_that_was_stopped_ends_in_the_same_weights(
     assert not (tmp_path / "stopped").exists()
     assert main(arguments("stopped")) == 2
     assert "Continue it with --resume" in capsys.readouterr().err
-    assert main(arguments("stopped", "--names", "a,b", "--resume")) == 2
+    other = shutil.copytree(bank, tmp_path / "other")
+    assert main(arguments("stopped", "--bank", str(other), "--resume")) == 2
     assert "made with other settings" in capsys.readouterr().err
     assert main(arguments("stopped", "--resume")) == 0
-    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("straight", "stopped"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("straight", "stopped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_heads_of_classifiers(
