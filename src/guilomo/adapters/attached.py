@@ -14,10 +14,10 @@ from torch import nn
 def attached(model: nn.Module, folder: Path) -> Iterator[PeftModel]:
     """The model with the adapter of a folder, until the block ends.
 
-    PEFT's own `unload` leaves modules that the adapter trained whole in the place of the model's, and the model's
-    parameters frozen; here both are put back.
+    PEFT's own `unload` leaves modules that the adapter trained whole in the place of the model's, the model's
+    parameters frozen and its modules in evaluation mode; here all of that is put back.
     """
-    places = [(module, dict(module._modules)) for module in model.modules()]
+    places = [(module, dict(module._modules), module.training) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -26,7 +26,7 @@ def attached(model: nn.Module, folder: Path) -> Iterator[PeftModel]:
         finally:
             adapted.unload()
     finally:
-        for module, children in places:
-            module._modules = children
+        for module, children, training in places:
+            module._modules, module.training = children, training
         for parameter, needed in trained:
             parameter.requires_grad_(needed)
