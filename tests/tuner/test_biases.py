@@ -12,7 +12,8 @@ from peft import PeftModel
 
 from adapter_tools import attach, gradients, logits
 from guilomo import GuilomoError
-from guilomo.tuner import LoraMoeLayer, train_only_routers, update_router_biases
+from guilomo.adapters import train_only
+from guilomo.tuner import LoraMoeLayer, update_router_biases
 from guilomo.tuner.biases import biased_routers
 from router_cases import options_of
 from tiny_models import build, inputs_for
@@ -187,7 +188,7 @@ def test_what_flylora_cannot_have_is_refused() -> None:
         attach(build("llama"), **options_of("flylora", lora_dropout=0.1))
     attach(build("llama"), **options_of("flylora", lora_dropout=0.1, dropout_on="rank"))
     with pytest.raises(GuilomoError, match=r"no router with parameters"):
-        train_only_routers(attach(build("llama"), **options_of("flylora")))
+        train_only(attach(build("llama"), **options_of("flylora")), "router")
 
 
 @BOTH

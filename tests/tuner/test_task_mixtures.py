@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapter_tools import attach, gradients, logits, reload, train_a_step
 from guilomo import GuilomoError, LoraMoeConfig
+from guilomo.adapters import train_only
 from guilomo.export import mean_gates, plain_lora
 from guilomo.tuner import (
     LoraMoeLayer,
@@ -18,7 +19,6 @@ from guilomo.tuner import (
     fixed_gates,
     preservation_loss,
     task_gates,
-    train_only_routers,
 )
 from router_cases import TASKS, options_of
 from tiny_models import build, inputs_for
@@ -112,7 +112,7 @@ def test_second_stage_goes_on_with_the_first(tmp_path: Path) -> None:
     config.router_options = {"stage": "soft"}
     config.balance_loss = "divergence"
     again = reload(build("llama"), tmp_path, config=config, is_trainable=True)
-    train_only_routers(again)
+    train_only(again, "router")
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
     assert trained
     assert all("molora_router" in n for n in trained)
@@ -140,7 +140,7 @@ def test_preservation_is_zero_at_the_start_and_pulls_back() -> None:
 
 def test_only_routers_without_any_is_refused() -> None:
     with pytest.raises(GuilomoError, match=r"no router with parameters"):
-        train_only_routers(attach(build("llama"), router="fixed"))
+        train_only(attach(build("llama"), router="fixed"), "router")
 
 
 def test_meteora_over_plain_loras_of_mixed_rank_and_alpha() -> None:

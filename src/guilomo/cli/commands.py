@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from guilomo.allocation import Allocation, RouterCost, linear_router
 from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.adapters import adapter_config, adapter_folder, load_adapter
+from guilomo.cli.bank import build_from_bank, list_bank, select_from_bank
 from guilomo.cli.export import export
 from guilomo.cli.progress import shown_progress, stop_on_signal
 from guilomo.cli.screen import console, print_table
@@ -244,7 +246,16 @@ def inspect(arguments: argparse.Namespace) -> None:
         console.print_json(plan.to_json())
     else:
         console.print(plan.table(router), highlight=False, markup=False, soft_wrap=True)
+        if names := _expert_names(Path(arguments.path)):
+            numbered = ", ".join(f"{index} {name}" for index, name in enumerate(names))
+            console.print(f"experts  {numbered}", highlight=False, markup=False)
     _save_plan(plan, arguments)
+
+
+def _expert_names(path: Path) -> list[str] | None:
+    """What the experts of an adapter are called, where they have names."""
+    config = adapter_config(path) if (path / "adapter_config.json").is_file() else None
+    return config.expert_names if isinstance(config, LoraMoeConfig) else None
 
 
 def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
@@ -270,6 +281,14 @@ def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
     raise invalid("path", str(path), "an adapter folder, a run folder with a finished search, or an allocation.json")
 
 
+def bank(arguments: argparse.Namespace) -> None:
+    if arguments.action == "list":
+        list_bank(arguments)
+    else:
+        act = select_from_bank if arguments.action == "select" else build_from_bank
+        act(arguments, partial(_prepared, resumable=False))
+
+
 def report(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     results = read_json(folder / "results.json")
@@ -280,4 +299,4 @@ def report(arguments: argparse.Namespace) -> None:
         console.print(f"drawn to {arguments.picture}", highlight=False)
 
 
-__all__ = ["allocate", "evaluate", "export", "inspect", "report", "run", "search", "train"]
+__all__ = ["allocate", "bank", "evaluate", "export", "inspect", "report", "run", "search", "train"]

@@ -6,9 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from guilomo import __version__
+from guilomo.adapters import WAYS
 from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.options import describe_options
 from guilomo.export.words import FORMS
+from guilomo.layers.routers import ROUTERS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _train(commands)
     _evaluate(commands)
     _export(commands)
+    _bank(commands)
     _inspect(commands)
     _report(commands)
     return parser
@@ -147,6 +150,45 @@ def _export(commands: Commands) -> None:
     )
     command.add_argument("--output", metavar="DIR", help="folder to write (default: beside the adapter)")
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+
+def _bank(commands: Commands) -> None:
+    help = "ready-made LoRA adapters: list them, choose some for a task, build a mixture of them"
+    actions = commands.add_parser("bank", help=help, description=help[0].upper() + help[1:] + ".").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    listing = actions.add_parser("list", help="what a folder of adapters holds")
+    listing.add_argument("folder", help="folder with one adapter per subfolder")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    _bank_select(_recipe_command(actions, "select", "choose the adapters that suit the recipe's task"))
+    _bank_build(_recipe_command(actions, "build", "make ready-made adapters the experts of one mixture"))
+
+
+def _bank_select(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bank", required=True, metavar="DIR", help="folder with one adapter per subfolder")
+    command.add_argument("--by", default="rocket", help=f"{', '.join(WAYS)} (default rocket)")
+    command.add_argument("--count", type=int, default=4, help="how many to choose (default 4)")
+    command.add_argument("--k", type=int, default=50, help="labelled examples, of the training rows (default 50)")
+    command.add_argument("--pool", type=int, default=8, help="rocket: how many go on to the last round (default 8)")
+    command.add_argument("--names", metavar="A,B", help="with --by manual: the adapters to take")
+    command.add_argument("--seed", type=int, default=0, help="of the examples and of --by random (default 0)")
+    command.add_argument("--save", metavar="FILE", help="write the selection as JSON, for guilomo bank build")
+    command.add_argument("--json", action="store_true", help="print it as JSON (with --quiet, nothing else)")
+
+
+def _bank_build(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bank", metavar="DIR", help="folder with one adapter per subfolder")
+    command.add_argument("--names", metavar="A,B", help="the adapters to take, in this order (default: all)")
+    command.add_argument("--selection", metavar="FILE", help="take those of guilomo bank select --save FILE instead")
+    command.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")
+    command.add_argument("--top-k", type=int, default=2, help="adapters that a token uses (default 2)")
+    command.add_argument("--router", default="topk", help=f"{', '.join(sorted(ROUTERS))} (default topk)")
+    command.add_argument(
+        "--train", default="router", help="router: the adapters stay as they are; all: they are trained too"
+    )
+    command.add_argument("--saved-from", metavar="NAME", help="whose head to take, where those of the adapters differ")
+    command.add_argument("--fit", action="store_true", help="train it on the recipe's task, as its `train` says")
+    command.add_argument("--resume", action="store_true", help="continue a --fit that was stopped")
 
 
 def _inspect(commands: Commands) -> None:

@@ -145,7 +145,7 @@ def _trainer(model: nn.Module, task: Task, config: TrainConfig, folder: Path, sc
 
 def _identity(model: nn.Module, task: Task, config: TrainConfig, seed: int) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
-    (adapter,) = model.peft_config.values()  # type: ignore[operator]
+    adapter: Any = model.peft_config[model.active_adapter]  # type: ignore[index]
     return {
         **config.model_dump(mode="json"),
         "seed": seed,

@@ -11,7 +11,6 @@ from guilomo.tuner.modules import adaptable_modules, target_shapes
 from guilomo.tuner.preservation import expert_weights, preservation_loss
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
-from guilomo.tuner.trained import train_only_routers
 
 register()
 
@@ -31,6 +30,5 @@ __all__ = [
     "target_shapes",
     "task_gates",
     "tasks_given",
-    "train_only_routers",
     "update_router_biases",
 ]

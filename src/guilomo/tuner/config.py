@@ -140,6 +140,16 @@ class LoraMoeConfig(PeftConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Kept for PEFT's tools; Conv1D layers are recognised by themselves."}
     )
+    train: str = field(
+        default="all",
+        metadata={
+            "help": "'all', or 'router': the experts stay as they are, such as ready-made adapters to be chosen from. "
+            "modules_to_save are trained either way."
+        },
+    )
+    expert_names: list[str] | None = field(
+        default=None, metadata={"help": "What the experts of every module are called, such as their adapters' names."}
+    )
     bias: Literal["none"] = field(default="none", metadata={"help": "Biases are not trained; only 'none'."})
     init_lora_weights: bool = field(
         default=True, metadata={"help": "B = 0, so that training starts at the base model. False (tests): B random."}
@@ -190,6 +200,7 @@ class LoraMoeConfig(PeftConfig):
         choices = {
             "scaling": SCALINGS,
             "dropout_on": ("input", "rank"),
+            "train": ("all", "router"),
             "balance_over": ("module", "layer"),
             "balance_reduction": ("sum", "mean"),
             "balance_loss": (*BALANCE_FORMS, None),
@@ -197,6 +208,11 @@ class LoraMoeConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, str(getattr(self, name)), [str(a) for a in allowed])
+        self.check_names()
+        if self.train == "router" and self.router == "fixed":
+            raise invalid(
+                "train", "router", "'all' with router='fixed', which has nothing to train", "Or train 'topk'."
+            )
         router_options(self.router, self.router_options)
         check_balance_options(self.balance_loss, self.balance_options)
         self._check_router()
@@ -217,6 +233,22 @@ class LoraMoeConfig(PeftConfig):
         if kind.reads_ranks and self.lora_dropout > 0 and self.dropout_on == "input":
             remedy = "The router reads the rank activations: set lora_dropout to 0 or dropout_on to 'rank'."
             raise invalid("lora_dropout", self.lora_dropout, f"0 with router={self.router!r}", remedy)
+
+    def check_names(self) -> None:
+        """Refuses names of experts that are not one for each expert of every adapted module.
+
+        Raises:
+            GuilomoError: see above.
+        """
+        names = self.expert_names
+        if names is None:
+            return
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise invalid("expert_names", names, "different names, none of them empty")
+        plan = self.plan
+        counts = {self.num_experts} if plan is None else {module.experts for module in plan.adapted().values()}
+        if counts != {len(names)}:
+            raise invalid("expert_names", names, f"as many names as every module has experts: {sorted(counts)}")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; also tells in the folder's README how another process loads the adapter, and writes the checksum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         "molora_layout",
         "molora_dropout",
         "molora_plan",
+        "molora_train",
         "mixtures",
         "sequential_scale",
         "fixed_gates",
@@ -62,6 +64,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout = nn.ModuleDict()
         self.molora_dropout = nn.ModuleDict()
         self.molora_plan: dict[str, ModulePlan] = {}
+        self.molora_train: dict[str, str] = {}
         self.mixtures: dict[str, Mixture] = {}
         self.sequential_scale: dict[str, float] = {}
         self.fixed_gates: dict[str, Tensor] = {}
@@ -111,6 +114,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.molora_layout[adapter] = layout
         self.molora_dropout[adapter] = nn.ModuleDict(drops)
         self.molora_plan[adapter] = module
+        self.molora_train[adapter] = config.train
         self.mixtures[adapter] = Mixture(self, adapter, module, layout, self._router(adapter), loss, drops)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
@@ -124,8 +128,22 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT; what is frozen stays so."""
-        super().set_adapter(adapter_names, inference_mode)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """What is made again from a seed, and experts where only routers are trained."""
         self.molora_A.freeze()
+        for adapter, trained in self.molora_train.items():
+            if trained == "router":
+                for factors in (self.molora_A, self.molora_B, self.molora_C, self.molora_D):
+                    if adapter in factors:
+                        factors[adapter].requires_grad_(False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

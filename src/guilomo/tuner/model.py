@@ -43,6 +43,7 @@ class LoraMoeModel(BaseTuner):
         plan = resolve_allocation(model, config)
         _refuse_two_kinds(model, plan)
         config.allocation = plan.to_dict()
+        config.check_names()
         # The plan says these now; PEFT would warn about patterns and exclusions that match nothing it adapts.
         config.rank_pattern = {}
         config.exclude_modules = None
