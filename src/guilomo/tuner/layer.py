@@ -268,7 +268,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         if not needed and not self.context.record:
             return y
         wanted = (EVERYTHING if self.context.record else frozenset()) | (loss.reads if needed else frozenset())
-        tasks = self.context.task if "rows" in wanted else None
+        tasks = self.context.batch_tasks(x) if "rows" in wanted else None
         statistics = router_statistics(routing, self.context.counted(x), wanted, tasks)
         if adapter == self.active_adapters[0]:  # one record per module: adapters may differ in their expert counts
             self.context.observe(self.name, statistics)
