@@ -181,6 +181,10 @@ def test_localized_is_zero_where_all_are_equal() -> None:
     statistics = router_statistics(Routing(weights, weights), None, frozenset({"rows"}), torch.tensor([1, 0]))
     assert balance_loss("localized", statistics, delta=0.25).item() == pytest.approx(0, abs=1e-12)
     assert balance_loss("localized", statistics, delta=0.0).item() > 0.01
+    more = torch.cat([weights, torch.rand(1, 4, dtype=torch.float64)])
+    held_out = torch.tensor([1, 1, 0])
+    statistics = router_statistics(Routing(more, more), held_out, frozenset({"rows"}), torch.tensor([1, 0, 1]))
+    assert balance_loss("localized", statistics, delta=0.25).item() == pytest.approx(0, abs=1e-12)
     none = router_statistics(Routing(weights, weights), torch.zeros(2), frozenset({"rows"}), torch.tensor([1, 0]))
     assert balance_loss("localized", none).item() == 0
 

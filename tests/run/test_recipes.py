@@ -79,7 +79,7 @@ def test_overrides(tmp_path: Path, overrides: list[str], read: Any) -> None:
         ("search.stepz=3", "Did you mean 'steps'"),
         ("search.steps=many", "search.steps = 'many' is not usable: input should be a valid integer"),
         ("search.steps=0", "search.steps = 0 is not usable: input should be greater than or equal to 1"),
-        ("mixture.router=topp", "Did you mean 'topk'"),
+        ("mixture.router=topp", "Did you mean 'top_p'"),
         ("mixture.target_modules=3", "mixture.target_modules = 3 is not usable: input should be a valid string, or"),
         ("search=3", "search = 3 is not usable: expected keys with values"),
         ("methods.0={label: x}", "methods.0.name is missing"),

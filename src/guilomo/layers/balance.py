@@ -150,12 +150,7 @@ def _sign(s: RouterStatistics) -> Tensor:
 
 
 def _cv_squared(s: RouterStatistics) -> Tensor:
-    return _dispersion(s.weight)
-
-
-def _dispersion(z: Tensor) -> Tensor:
-    """Variance over squared mean: 0 where all entries are equal, and where all are 0."""
-    return z.var(unbiased=False) / (z.mean().square() + 1e-10)
+    return s.weight.var(unbiased=False) / (s.weight.mean().square() + 1e-10)
 
 
 def _localized(s: RouterStatistics, *, delta: float = 0.1, types: int = 2) -> Tensor:
@@ -171,7 +166,12 @@ def _localized(s: RouterStatistics, *, delta: float = 0.1, types: int = 2) -> Te
     experts = s.rows.shape[-1]
     group = types - 1 - torch.arange(experts, device=s.rows.device) * types // experts
     own = s.row_tasks[:, None] == group
-    return _dispersion(s.rows * torch.where(own, 1 + delta, 1 - delta).to(s.rows.dtype))
+    z = s.rows * torch.where(own, 1 + delta, 1 - delta).to(s.rows.dtype)
+    # Rows without a token that counts (held-out ones, in a search) have no part.
+    present = (s.rows.detach() != 0).any(-1, keepdim=True).to(z.dtype)
+    entries = (present.sum() * experts).clamp_min(1)
+    mean = z.sum() / entries
+    return ((z - mean) * present).square().sum() / entries / (mean.square() + 1e-10)
 
 
 def _divergence(s: RouterStatistics, *, balanced: float = 0.98, certain: float = 0.5) -> Tensor:

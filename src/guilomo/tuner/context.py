@@ -102,6 +102,15 @@ class RoutingContext:
         """``(N,)`` tasks of the rows of ``x (N, ..., I)``; None where nobody gave them.
 
         Raises:
+            GuilomoError: as `batch_tasks`.
+        """
+        tasks = self.batch_tasks(x)
+        return None if tasks is None else tasks.repeat_interleave(x.shape[0] // len(tasks))
+
+    def batch_tasks(self, x: Tensor) -> Tensor | None:
+        """``(B,)`` tasks of the rows of the batch that ``x (N, ..., I)`` came from; None where nobody gave them.
+
+        Raises:
             GuilomoError: the leading dimension is not a whole number of batch rows, or tasks are no whole numbers.
         """
         if self.task is None:
@@ -111,7 +120,7 @@ class RoutingContext:
             raise invalid(TASKS, got, "one whole number per row of the batch, (B,) int64")
         if not len(self.task) or x.shape[0] % len(self.task):
             raise invalid(TASKS, f"for {len(self.task)} rows", f"one per row; a layer's input has {x.shape[0]} rows")
-        return self.task.to(x.device, torch.int64).repeat_interleave(x.shape[0] // len(self.task))
+        return self.task.to(x.device, torch.int64)
 
     def _for_rows_of(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is None or mask.dim() == 1:

@@ -290,7 +290,7 @@ def with_router_losses(mixture: Mixture, y: Tensor, x: Tensor, routing: Routing)
     if not needed and not context.record:
         return y
     wanted = (EVERYTHING if context.record else frozenset()) | (loss.reads if needed else frozenset())
-    tasks = context.task if "rows" in wanted else None
+    tasks = context.batch_tasks(x) if "rows" in wanted else None
     statistics = router_statistics(routing, context.counted(x), wanted, tasks)
     if mixture.adapter == layer.active_adapters[0]:  # one record per module: adapters may differ in expert counts
         context.observe(layer.name, statistics)
