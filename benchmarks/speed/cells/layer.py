@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.cells.cell import Cell, Result, Setting
+from benchmarks.speed.clocks import Work, captured
 from benchmarks.speed.kernels import count
 from benchmarks.speed.memory import peak_bytes, saved_bytes
 from benchmarks.speed.shapes import LayerShape, LayerWeights
@@ -54,15 +55,16 @@ def measure_layer(shape: LayerShape, setting: Setting, variants: Sequence[str] =
     x, dy = inputs(shape, setting)
     forward = {v: forward_of(layer, x) for v, layer in layers.items()}
     both = {v: forward_backward_of(layer, x, dy) for v, layer in layers.items()}
-    return {
-        "options": shape.to_dict(),
-        "skipped": skipped,
-        "counts": {v: counted(layer, x, dy) for v, layer in layers.items()},
-        "times": {
-            "forward": setting.time(forward, "frozen"),
-            "forward_backward": setting.time(both, "frozen"),
-        },
-    }
+    times = {"forward": setting.time(forward, "frozen"), "forward_backward": setting.time(both, "frozen")}
+    counts = {v: counted(layer, x, dy) for v, layer in layers.items()}
+    if setting.device.type == "cuda":
+        times["graph"] = setting.time(graphs_of(both, counts), "frozen")
+    return {"options": shape.to_dict(), "skipped": skipped, "counts": counts, "times": times}
+
+
+def graphs_of(works: Mapping[str, Work], counts: Mapping[str, Any]) -> dict[str, Work]:
+    """Those that a CUDA graph can hold, as replays of one."""
+    return {v: captured(w) for v, w in works.items() if not counts[v]["forward_backward"]["data_dependent"]}
 
 
 def inputs(shape: LayerShape, setting: Setting) -> tuple[Tensor, Tensor]:

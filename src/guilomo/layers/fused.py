@@ -187,7 +187,12 @@ def precise_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in the dtype. To ask first is several times cheaper than a call of ``to`` that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _shrunk(
@@ -200,7 +205,7 @@ def _shrunk(
     flat = _flat(x)
     downs = [m.a for m in members]
     rows = [m.score_rows for m in members if m.score_rows is not None]
-    read = flat.to(dtype) if keep is None else flat.to(dtype) * keep
+    read = _as(flat, dtype) if keep is None else _as(flat, dtype) * keep
     if not rows:
         h, logits = _product(read, _stacked(downs, dtype)), None
     elif keep is None and _gives_float32(flat, rows, dtype):
@@ -230,7 +235,7 @@ def _by_member(members: Sequence[Member], h: Tensor, logits: Tensor | None, shap
 
 def _stacked(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     if dtype is not None:
-        parts = [part.to(dtype) for part in parts]
+        parts = [_as(part, dtype) for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -316,7 +321,7 @@ class _Shrink(torch.autograd.Function):
         # Where second derivatives are recorded, the gradient that came in belongs to their graph.
         in_place = options.in_place and not torch.is_grad_enabled()
         handed_over = options.handed_over()
-        flat = _flat(x).to(options.dtype)
+        flat = _as(_flat(x), options.dtype)
         keep = _kept(x, options.dtype, options.drop, options.seed)
         parts = [part for part in tensors[: 2 * len(options.frozen)] if part is not None]
         present = [i for i, part in enumerate(tensors[: 2 * len(options.frozen)]) if part is not None]
@@ -331,7 +336,7 @@ class _Shrink(torch.autograd.Function):
             tokens = None if n is None else n * x.shape[1:-1].numel()
             found = _weight_gradients(dz, flat, keep, [len(part) for part in parts], tokens)
             for i, part, gradient in zip(present, parts, found, strict=True):
-                out[i] = gradient.to(part.dtype)
+                out[i] = _as(gradient, part.dtype)
         return dx, None, *out
 
 
@@ -343,7 +348,7 @@ def _members(tensors: Sequence[Tensor | None], count: int) -> list[Member]:
 def _stacked_gradients(grads: Sequence[Tensor | None], parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """``(T, sum of rows)``: the gradients of all products of x, 0 for one that was not used."""
     full = [
-        x.new_zeros(len(x), len(part)) if gradient is None else _flat(gradient).to(x.dtype)
+        x.new_zeros(len(x), len(part)) if gradient is None else _as(_flat(gradient), x.dtype)
         for gradient, part in zip(grads, parts, strict=True)
     ]
     return full[0] if len(full) == 1 else torch.cat(full, dim=1)
@@ -372,14 +377,22 @@ def _with_added(
     else:
         through = dz @ stacked
     through = through.view(x.shape)
-    return through.to(x.dtype) if dx is None else (dx + through).to(x.dtype)
+    return _as(through if dx is None else dx + through, x.dtype)
+
+
+def _weight_gradient(dy: Tensor, gated: Tensor, tokens: int | None, dtype: torch.dtype) -> Tensor:
+    """``dy^T gated`` over the first `tokens` rows."""
+    if tokens is not None:
+        dy, gated = dy[:tokens], gated[:tokens]
+    return _as(dy.t() @ gated, dtype)
 
 
 def _weight_gradients(
     dz: Tensor, x: Tensor, keep: Tensor | None, rows: Sequence[int], tokens: int | None
 ) -> Sequence[Tensor]:
     """``dz^T x`` over the first `tokens` rows, split by `rows`; with dropout the first part has seen what was kept."""
-    dz, x = dz[:tokens], x[:tokens]
+    if tokens is not None:
+        dz, x = dz[:tokens], x[:tokens]
     if keep is not None:
         first = dz[:, : rows[0]].t() @ (x * keep[:tokens])
         return [first, *(dz[:, rows[0] :].t() @ x).split(rows[1:])] if len(rows) > 1 else [first]
@@ -406,7 +419,7 @@ def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None
         gate = spread[0]
     else:
         with without_autocast(h.device.type):
-            gate = _flat(weights) @ spread.to(weights.dtype)
+            gate = _flat(weights) @ _as(spread, weights.dtype)
     if mask is not None and mask.dim() == 2:
         gate = (gate.expand(h.shape).reshape(len(mask), -1, h.shape[1]) * mask[:, None]).view(h.shape)
     return gate
@@ -431,7 +444,7 @@ def _multiples(count: int, of: int, device: torch.device) -> Tensor:
 
 
 def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    narrow = b.to(gated.dtype)
+    narrow = _as(b, gated.dtype)
     with without_autocast(y.device.type):
         if y.dtype != gated.dtype:
             delta = F.linear(gated, narrow).view(y.shape)
@@ -444,7 +457,7 @@ def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
 
 def lifted(gated: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``B gated + bias``, ``(T, O)``."""
-    narrow = b.to(gated.dtype)
+    narrow = _as(b, gated.dtype)
     with without_autocast(gated.device.type):
         return F.linear(gated, narrow, bias)
 
@@ -468,7 +481,7 @@ class _Expand(torch.autograd.Function):
         ctx.save_for_backward(h, weights, spread, mask, b)
         ctx.tokens = None if n is None else n * y.shape[1:-1].numel()
         ctx.frozen = frozen
-        gated = h * _gate(h, weights, spread, mask).to(h.dtype)
+        gated = h * _as(_gate(h, weights, spread, mask), h.dtype)
         if frozen is not None:
             return frozen.product(y, lifted(gated, b, frozen.bias))
         if in_place:
@@ -478,11 +491,11 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, weights, spread, mask, b = ctx.saved_tensors
-        flat = _flat(dy).to(h.dtype)
-        gate = _gate(h, weights, spread, mask).to(h.dtype)
-        through = flat @ b.to(h.dtype)
+        flat = _as(_flat(dy), h.dtype)
+        gate = _as(_gate(h, weights, spread, mask), h.dtype)
+        through = flat @ _as(b, h.dtype)
         gated = h * gate
-        d_b = (flat[: ctx.tokens].t() @ gated[: ctx.tokens]).to(b.dtype) if ctx.needs_input_grad[5] else None
+        d_b = _weight_gradient(flat, gated, ctx.tokens, b.dtype) if ctx.needs_input_grad[5] else None
         d_weights = d_mask = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
             d_weights, d_mask = _gate_gradients(through * h, weights, spread, mask, ctx.tokens)
@@ -496,7 +509,7 @@ def _gate_gradients(
     d_gate: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None, tokens: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the routing weights and of the rank mask from ``d_gate (T, R)``."""
-    d_gate = d_gate.to(spread.dtype if weights is None else weights.dtype)
+    d_gate = _as(d_gate, spread.dtype if weights is None else weights.dtype)
     d_mask = None
     if mask is not None:
         d_mask = d_gate * _gate(d_gate, weights, spread, None)
@@ -508,4 +521,4 @@ def _gate_gradients(
             d_gate = (d_gate.view(len(mask), -1, mask.shape[1]) * mask[:, None]).view(d_gate.shape)
     if weights is None:
         return None, d_mask
-    return (d_gate @ spread.t().to(weights.dtype)).view(weights.shape), d_mask
+    return (d_gate @ _as(spread, weights.dtype).t()).view(weights.shape), d_mask
