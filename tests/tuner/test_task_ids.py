@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from adapter_tools import attach, gradients
@@ -38,6 +38,20 @@ def test_tasks_reach_the_losses(task_type: str | None) -> None:
     found, other = _gradients(task_type=task_type), _gradients(task_type=task_type, tasks=1 - TASKS)
     routers = [name for name in found if "router" in name]
     assert any((found[name] - other[name]).abs().max() > 1e-3 for name in routers)
+
+
+def test_the_base_model_never_sees_the_keyword() -> None:
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x)
+
+    model = attach(Strict(), target_modules=["lin"], **LOCALIZED).train()
+    model(torch.randn(3, 4, 6), router_task_ids=TASKS).sum().backward()
+    assert gradients(model)
 
 
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
