@@ -38,13 +38,14 @@ def test_decoding(dtype: str, most: int) -> None:
     assert found["peft"].kernels.total() - found["frozen"].kernels.total() == 4 * linears  # what we count is counted
 
 
+@pytest.mark.parametrize("path", ["fused", "joined"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_layer(dtype: str) -> None:
+def test_a_layer(dtype: str, path: str) -> None:
     setting = Setting(CPU, rounds=1, seed=0, clock="cpu")
     shape = LayerShape.square(WIDTH, TOKENS, RANKS, 2, dtype)
     weights = LayerWeights.random(shape, 0, setting.device)
     x, dy = inputs(shape, setting)
-    ours, peft = (counted(build_layer(name, shape, weights), x, dy) for name in ("ours:fused", "peft"))
+    ours, peft = (counted(build_layer(name, shape, weights), x, dy) for name in (f"ours:{path}", "peft"))
     size, experts = {"bf16": 2, "fp32": 4}[dtype], len(RANKS)
     # Plain LoRA keeps (T, R); a mixture also needs its weights (T, E) in float32.
     assert ours["saved_bytes"] <= peft["saved_bytes"] + TOKENS * experts * 4 + TOKENS * experts * size

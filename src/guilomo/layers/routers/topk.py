@@ -56,9 +56,9 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value, first = logits.max(-1, keepdim=True)
     if k == 1:
         return value, first
-    next_value, second = logits.scatter(-1, first, float("-inf")).max(-1, keepdim=True)
-    # Where all others are -inf too, the first one is found again.
-    second = torch.where(second == first, first + 1, second)
+    # What is at -inf already stays above the one taken out, which would otherwise be found again.
+    least = torch.finfo(logits.dtype).min
+    next_value, second = logits.clamp_min(least).scatter(-1, first, float("-inf")).max(-1, keepdim=True)
     return torch.cat([value, next_value], dim=-1), torch.cat([first, second], dim=-1)
 
 
