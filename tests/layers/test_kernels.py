@@ -94,7 +94,7 @@ def test_a_model_with_its_router_losses(balance: str | None, monkeypatch: pytest
     """Queries, keys and values share one pass; a loss that reads routing weights takes another path."""
     model, inputs = model_and_inputs(balance_loss=balance, balance_coefficient=0.5, z_loss_coefficient=0.1)
     calls = []
-    monkeypatch.setattr("guilomo.tuner.layer.route_in_kernel", lambda *a: calls.append(1) or route_in_kernel(*a))
+    monkeypatch.setattr("guilomo.tuner.forward.route_in_kernel", lambda *a: calls.append(1) or route_in_kernel(*a))
     results = {}
     for path in ("joined", "kernels"):
         model.zero_grad()

@@ -26,7 +26,7 @@ class DenseEinsum(Mixture):
         a = torch.stack([F.pad(a, (0, 0, 0, top - len(a))) for a in self.a])
         b = torch.stack([F.pad(b, (0, top - b.shape[1])) for b in self.b])
         gates = weights.new_zeros(x.shape[0], self.shape.experts).scatter(1, chosen, weights)
-        gates = gates * gates.new_tensor(self.shape.scales)
+        gates = gates * self.scales
         hidden = torch.einsum("ti,eri->ter", x, a)
         return torch.einsum("teo,te->to", torch.einsum("ter,eor->teo", hidden, b), gates)
 

@@ -14,11 +14,14 @@ from benchmarks.speed.shapes import LayerShape, LayerWeights
 class Mixture(nn.Module):
     """``y = base(x) + change(x)``. A subclass stores the experts its own way and computes the change."""
 
+    scales: Tensor
+
     def __init__(self, base: nn.Module, shape: LayerShape, weights: LayerWeights) -> None:
         super().__init__()
         self.base = base
         self.shape = shape
         self.router = nn.Parameter(weights.router.clone())
+        self.register_buffer("scales", weights.router.new_tensor(shape.scales), persistent=False)
 
     @staticmethod
     def unsupported(shape: LayerShape) -> str | None:

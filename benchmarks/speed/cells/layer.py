@@ -63,7 +63,7 @@ def measure_layer(shape: LayerShape, setting: Setting, variants: Sequence[str] =
 
 
 def graphs_of(works: Mapping[str, Work], counts: Mapping[str, Any]) -> dict[str, Work]:
-    """Those that a CUDA graph can hold, as replays of one."""
+    """Those whose kernels a CUDA graph can hold, as replays of one."""
     return {v: captured(w) for v, w in works.items() if not counts[v]["forward_backward"]["data_dependent"]}
 
 
