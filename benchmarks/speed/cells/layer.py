@@ -57,14 +57,25 @@ def measure_layer(shape: LayerShape, setting: Setting, variants: Sequence[str] =
     both = {v: forward_backward_of(layer, x, dy) for v, layer in layers.items()}
     times = {"forward": setting.time(forward, "frozen"), "forward_backward": setting.time(both, "frozen")}
     counts = {v: counted(layer, x, dy) for v, layer in layers.items()}
+    found = {"options": shape.to_dict(), "skipped": skipped, "counts": counts, "times": times}
     if setting.device.type == "cuda":
-        times["graph"] = setting.time(graphs_of(both, counts), "frozen")
-    return {"options": shape.to_dict(), "skipped": skipped, "counts": counts, "times": times}
+        graphs, found["not_captured"] = graphs_of(both, counts)
+        times["graph"] = setting.time(graphs, "frozen")
+    return found
 
 
-def graphs_of(works: Mapping[str, Work], counts: Mapping[str, Any]) -> dict[str, Work]:
-    """Those whose kernels a CUDA graph can hold, as replays of one."""
-    return {v: captured(w) for v, w in works.items() if not counts[v]["forward_backward"]["data_dependent"]}
+def graphs_of(works: Mapping[str, Work], counts: Mapping[str, Any]) -> tuple[dict[str, Work], dict[str, str]]:
+    """Replays of CUDA graphs, of those variants that one can hold; and why not, of the others."""
+    graphs, reasons = {}, {}
+    for variant, work in works.items():
+        if counts[variant]["forward_backward"]["data_dependent"]:
+            reasons[variant] = "the host waits for data"
+            continue
+        try:
+            graphs[variant] = captured(work)
+        except RuntimeError as error:
+            reasons[variant] = str(error).partition("\n")[0]
+    return graphs, reasons
 
 
 def inputs(shape: LayerShape, setting: Setting) -> tuple[Tensor, Tensor]:
