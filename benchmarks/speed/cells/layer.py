@@ -60,7 +60,8 @@ def measure_layer(shape: LayerShape, setting: Setting, variants: Sequence[str] =
     found = {"options": shape.to_dict(), "skipped": skipped, "counts": counts, "times": times}
     if setting.device.type == "cuda":
         graphs, found["not_captured"] = graphs_of(both, counts)
-        times["graph"] = setting.time(graphs, "frozen")
+        if "frozen" in graphs:
+            times["graph"] = setting.time(graphs, "frozen")
     return found
 
 
