@@ -14,10 +14,10 @@ import yaml
 from rich.table import Table
 
 from guilomo.allocation import Allocation, RouterCost, linear_router
-from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.adapters import adapter_config, adapter_folder, load_adapter
 from guilomo.cli.bank import build_from_bank, list_bank, select_from_bank
 from guilomo.cli.export import export
+from guilomo.cli.methods import list_methods
 from guilomo.cli.progress import shown_progress, stop_on_signal
 from guilomo.cli.screen import console, print_table
 from guilomo.errors import GuilomoError, invalid, unknown
@@ -25,12 +25,13 @@ from guilomo.evaluation import evaluate as score
 from guilomo.evaluation import run_lm_eval
 from guilomo.files import check_checksum, refuse_pickle
 from guilomo.layers.routers import cost_of_router
+from guilomo.methods import METHODS
 from guilomo.report import allocation_table, comparison_table, plot_allocation, plot_headline, save_figure, write_report
 from guilomo.run import Run, load_recipe
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.dry import cut_texts, dry_run
 from guilomo.run.files import read_json, write_json
-from guilomo.run.methods import model_shapes, plan_method, resolve_budget
+from guilomo.run.methods import FROM_SEARCH, model_shapes, plan_method, resolve_budget, router_cost
 from guilomo.run.model import load_model, model_path
 from guilomo.run.searches import search_folder, search_seeds
 from guilomo.search.distributed import process_group, rank
@@ -54,8 +55,9 @@ def _dry(arguments: argparse.Namespace) -> bool:
         with _prepared(arguments, resumable=False) as job:
             report = dry_run(job)
         for name, plan in report.plans.items():
-            console.print(f"\n{name}: {plan.parameters(job.router_cost):,} parameters", style="bold", highlight=False)
-            console.print(plan.table(job.router_cost), highlight=False, markup=False, soft_wrap=True)
+            router = router_cost(job.config, next(m for m in job.config.methods if m.name == name))
+            console.print(f"\n{name}: {plan.parameters(router):,} parameters", style="bold", highlight=False)
+            console.print(plan.table(router), highlight=False, markup=False, soft_wrap=True)
         console.print("\n" + report.summary, highlight=False, markup=False)
     return bool(arguments.dry_run)
 
@@ -128,7 +130,7 @@ def _movement(moved: dict[str, Any]) -> str:
 
 def allocate(arguments: argparse.Namespace) -> None:
     config = load_recipe(arguments.recipe, arguments.overrides)
-    known = {*STRATEGIES} - {"learned"}
+    known = [name for name, method in METHODS.items() if method.is_row and name not in FROM_SEARCH]
     if arguments.strategy not in known:
         raise unknown("--strategy", arguments.strategy, known)
     options = dict(_option(text) for text in arguments.options)
@@ -136,9 +138,11 @@ def allocate(arguments: argparse.Namespace) -> None:
     model = job.fresh_model(config.seeds[0])
     shapes = model_shapes(model, config, job.task)
     budget, source = resolve_budget(config, shapes)
-    plan = plan_method(MethodConfig(name=arguments.strategy, options=options), config, model, shapes, budget)
-    console.print(plan.table(job.router_cost), highlight=False, markup=False, soft_wrap=True)
-    spent = plan.parameters(job.router_cost)
+    method = MethodConfig(name=arguments.strategy, options=options)
+    plan = plan_method(method, config, model, shapes, budget)
+    router = router_cost(config, method)
+    console.print(plan.table(router), highlight=False, markup=False, soft_wrap=True)
+    spent = plan.parameters(router)
     console.print(f"{spent:,} of {budget:,} parameters ({source}): {100 * spent / budget:.2f} %", highlight=False)
     _save_plan(plan, arguments)
 
@@ -281,6 +285,10 @@ def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:
     raise invalid("path", str(path), "an adapter folder, a run folder with a finished search, or an allocation.json")
 
 
+def methods(arguments: argparse.Namespace) -> None:
+    list_methods(arguments)
+
+
 def bank(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         list_bank(arguments)
@@ -299,4 +307,4 @@ def report(arguments: argparse.Namespace) -> None:
         console.print(f"drawn to {arguments.picture}", highlight=False)
 
 
-__all__ = ["allocate", "bank", "evaluate", "export", "inspect", "report", "run", "search", "train"]
+__all__ = ["allocate", "bank", "evaluate", "export", "inspect", "methods", "report", "run", "search", "train"]

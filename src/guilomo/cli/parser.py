@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from guilomo import __version__
 from guilomo.adapters import WAYS
-from guilomo.allocation.registry import STRATEGIES
 from guilomo.cli.options import describe_options
 from guilomo.export.words import FORMS
 from guilomo.layers.routers import ROUTERS
@@ -39,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate(commands)
     _export(commands)
     _bank(commands)
+    _methods(commands)
     _inspect(commands)
     _report(commands)
     return parser
@@ -84,7 +84,9 @@ def _search(commands: Commands) -> None:
 
 def _allocate(commands: Commands) -> None:
     command = _recipe_command(commands, "allocate", "make an allocation without searching, and show what it costs")
-    command.add_argument("--strategy", default="uniform", help=", ".join(sorted({*STRATEGIES} - {"learned"})))
+    command.add_argument(
+        "--strategy", default="uniform", help="a row of `guilomo methods` that needs no search (default uniform)"
+    )
     command.add_argument(
         "--option", dest="options", action="append", default=[], metavar="KEY=VALUE", help="option of the strategy"
     )
@@ -189,6 +191,13 @@ def _bank_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--saved-from", metavar="NAME", help="whose head to take, where those of the adapters differ")
     command.add_argument("--fit", action="store_true", help="train it on the recipe's task, as its `train` says")
     command.add_argument("--resume", action="store_true", help="continue a --fit that was stopped")
+
+
+def _methods(commands: Commands) -> None:
+    help = "list every method: what it does, its paper, what a budget buys, how to try it"
+    command = commands.add_parser("methods", help=help, description=help[0].upper() + help[1:] + ".")
+    command.add_argument("names", nargs="*", metavar="NAME", help="only these, in full")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _inspect(commands: Commands) -> None:

@@ -87,14 +87,15 @@ class Tokens:
     real: Tensor | None = None
     task: Tensor | None = None
 
-    @property
-    def tasks(self) -> Tensor:
-        """``(N, ...)`` int64 task of every token.
+    def tasks(self, count: int) -> Tensor:
+        """``(N, ...)`` int64 task of every token, of `count` tasks. Where there is but one, nobody needs to give it.
 
         Raises:
             GuilomoError: the tasks were not given.
         """
         if self.task is None:
+            if count == 1:
+                return torch.zeros(self.x.shape[:-1], dtype=torch.int64, device=self.x.device)
             raise GuilomoError(MISSING_TASKS)
         return self.task.view(-1, *[1] * (self.x.dim() - 2)).expand(self.x.shape[:-1])
 

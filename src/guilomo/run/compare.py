@@ -14,6 +14,7 @@ from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
+from guilomo.run.methods import router_cost
 from guilomo.run.searches import search_folder, search_seeds, searches_of
 from guilomo.run.sweep import sweep_file
 
@@ -106,15 +107,16 @@ def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
         return None
     found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
     full = [read_json(path) for path in found if path.exists()]
+    router = router_cost(run.config, method)
     runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
     return {
         "name": method.name,
         "label": method.label,
         "kind": KINDS.get(method.strategy, "control"),
         "allocation": plans[0].to_dict(),
-        "parameters": max(plan.parameters(run.router_cost) for plan in plans),
-        "active_parameters": mean(plan.active_parameters(run.router_cost) for plan in plans),
-        "flops_per_token": mean(plan.flops_per_token(run.router_cost) for plan in plans),
+        "parameters": max(plan.parameters(router) for plan in plans),
+        "active_parameters": mean(plan.active_parameters(router) for plan in plans),
+        "flops_per_token": mean(plan.flops_per_token(router) for plan in plans),
         "sweep": _sweep(run, method),
         "runs": runs,
         "summary": _summary(runs),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from guilomo.methods import METHODS
 from guilomo.search import SearchConfig
 from guilomo.search.mixture import refuse_unsearchable
 from guilomo.tasks import TaskConfig
@@ -62,6 +63,13 @@ class MixtureConfig(BaseModel):
     balance_over: Literal["module", "layer"] = Field("module", description="What is balanced together.")
     balance_reduction: Literal["sum", "mean"] = Field("sum", description="Over modules or layers.")
     z_loss_coefficient: float = Field(0.0, ge=0, description="Weight of the z-loss.")
+    shared_a: bool = Field(False, description="All experts of a module read one A (HydraLoRA, MoSLD).")
+    drop_connect: float = Field(0.0, ge=0, lt=1, description="Dropout of the entries of a shared A (MoSLD).")
+    sequential_rank: int = Field(0, ge=0, description="Rank of a branch behind the linear (Hydra); for one expert.")
+    feed_forward_experts: bool = Field(False, description="Experts of whole feed-forwards (MixLoRA).")
+    feed_forward_blocks: list[list[str]] | None = Field(
+        None, description="Names of a feed-forward's linears in the order of running; unset: the known ones."
+    )
 
     def peft_options(self) -> dict[str, Any]:
         """The fields of `LoraMoeConfig` that do not depend on the plan."""
@@ -71,7 +79,8 @@ class MixtureConfig(BaseModel):
     @model_validator(mode="after")
     def _usable(self) -> MixtureConfig:
         # Whatever the model will be, so that a recipe is refused before anything is loaded.
-        LoraMoeConfig(**self.peft_options(), num_experts=max(self.top_k, 2))
+        experts = 1 if self.sequential_rank else max(self.top_k, 2)
+        LoraMoeConfig(**self.peft_options(), num_experts=experts)
         return self
 
 
@@ -93,11 +102,15 @@ class MethodConfig(BaseModel):
     name: str = Field(description="Name of the row, unique in the run.")
     strategy: str = Field(
         "",
-        description="guilomo, lora, an allocation strategy, or shuffled: what the search found, in places left to "
-        "chance (a control); unset: the same as name.",
+        description="A row of `guilomo methods`: lora, guilomo, uniform, ld_mole and so on; unset: same as name.",
     )
-    label: str = Field("", description="How the report calls it; unset: the name.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation strategy.")
+    label: str = Field("", description="How the report calls it; unset: the method's own label.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of its allocation; for methods that have none, experts."
+    )
+    mixture: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of `mixture` in which this row differs from the method, and from all."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +120,7 @@ class MethodConfig(BaseModel):
     @model_validator(mode="after")
     def _defaults(self) -> MethodConfig:
         self.strategy = self.strategy or self.name
-        self.label = self.label or LABELS.get(self.name, self.name)
+        self.label = self.label or (METHODS[self.name].label if self.name in METHODS else self.name)
         return self
 
 
@@ -133,19 +146,6 @@ class SweepConfig(BaseModel):
                 "is train.learning_rate."
             )
         return rates
-
-
-LABELS = {
-    "guilomo": "GuiLoMo (searched)",
-    "lora": "LoRA (PEFT)",
-    "uniform": "uniform experts and ranks",
-    "random": "random allocation",
-    "shuffled": "searched, shuffled",
-    "mola": "MoLA ▽",
-    "normal": "NormalE",
-    "alphalora": "AlphaLoRA",
-    "hilo": "HILO",
-}
 
 
 METRICS = {
@@ -243,6 +243,11 @@ class RunConfig(BaseModel):
         self.search = self.search.model_copy(update={"top_k": self.mixture.top_k})
         self.output = self.output or f"runs/{self.name}"
         return self
+
+    def mixture_of(self, method: MethodConfig) -> MixtureConfig:
+        """What the row attaches: the recipe's mixture, changed by what makes its method, and by the row itself."""
+        own = METHODS[method.strategy].mixture if method.strategy in METHODS else {}
+        return MixtureConfig.model_validate({**self.mixture.model_dump(), **own, **method.mixture})
 
     def _check_metric(self) -> None:
         metric, kind = self.evaluation.metric, self.task.kind

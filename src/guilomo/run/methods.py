@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from guilomo.allocation import Allocation, ModuleShape, RouterCost
-from guilomo.allocation.registry import STRATEGIES, make
+from guilomo.allocation.registry import make
 from guilomo.allocation.uniform import uniform
 from guilomo.errors import GuilomoError, unknown
 from guilomo.layers.routers import cost_of_router
+from guilomo.methods import METHODS, filled_plan
+from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
 from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.search import search_sized
 from guilomo.tasks import Task
 from guilomo.tuner import LoraMoeConfig, plan_for_router, target_shapes
+from guilomo.tuner.resolve import resolve_allocation
 
 FROM_SEARCH = (SEARCHED, SHUFFLED)
 """The strategies whose plan is known only after the search."""
@@ -24,11 +28,17 @@ TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_L
 
 
 def check_methods(config: RunConfig) -> None:
-    """Refuses unknown strategies before anything is loaded."""
-    known = {*FROM_SEARCH, *STRATEGIES} - {"learned"}
+    """Refuses unknown methods, and rows that cannot be, before anything is loaded."""
     for method in config.methods:
-        if method.strategy not in known:
-            raise unknown(f"strategy of method {method.name!r}", method.strategy, known)
+        known = METHODS.get(method.strategy)
+        if known is None:
+            rows = [name for name, one in METHODS.items() if one.is_row]
+            raise unknown(f"strategy of method {method.name!r}", method.strategy, rows)
+        if not known.is_row:
+            raise GuilomoError(
+                f"Method {method.name!r} starts from ready-made adapters or models, so it is no row of a run. Try it "
+                f"with: {known.command}"
+            )
         if method.strategy == SHUFFLED and method.options:
             raise GuilomoError(
                 f"Method {method.name!r} has options {sorted(method.options)}, but the shuffled plan takes none: it is "
@@ -39,7 +49,16 @@ def check_methods(config: RunConfig) -> None:
                 f"Method {method.name!r} has options {sorted(method.options)}, but the options of the searched method "
                 "are the keys under search. Move them there."
             )
+        if known.grows and method.options.keys() - {"experts"}:
+            raise unknown(f"option of method {method.name!r}", min(method.options.keys() - {"experts"}), ["experts"])
+        if method.strategy in (*FROM_SEARCH, PLAIN_LORA) and method.mixture:
+            raise GuilomoError(
+                f"Method {method.name!r} has keys of mixture {sorted(method.mixture)}, but "
+                + ("PEFT's LoRA has no mixture." if method.strategy == PLAIN_LORA else "the search is common to all.")
+                + " Leave them out, or set them under mixture for the whole run."
+            )
         _refuse_common_options(method)
+        config.mixture_of(method)
 
 
 def _refuse_common_options(method: MethodConfig) -> None:
@@ -52,9 +71,9 @@ def _refuse_common_options(method: MethodConfig) -> None:
         )
 
 
-def mixture_config(config: RunConfig, task: Task, **options: Any) -> LoraMoeConfig:
-    """The PEFT config of a mixture in this run."""
-    settings = {**config.mixture.peft_options(), "task_type": TASK_TYPES[task.kind], **options}
+def mixture_config(config: RunConfig, method: MethodConfig, **options: Any) -> LoraMoeConfig:
+    """The PEFT config of a row's mixture."""
+    settings = {**config.mixture_of(method).peft_options(), "task_type": TASK_TYPES[config.task.kind], **options}
     return LoraMoeConfig(**settings)
 
 
@@ -68,9 +87,10 @@ def model_shapes(model: nn.Module, config: RunConfig, task: Task) -> dict[str, M
     return target_shapes(model, search_mixture(config, task))
 
 
-def router_cost(config: RunConfig) -> RouterCost:
-    """What the run's router costs."""
-    return cost_of_router(config.mixture.router, config.mixture.router_options)
+def router_cost(config: RunConfig, method: MethodConfig | None = None) -> RouterCost:
+    """What the router of a row costs, or the run's."""
+    mixture = config.mixture if method is None else config.mixture_of(method)
+    return cost_of_router(mixture.router, mixture.router_options)
 
 
 def resolve_budget(config: RunConfig, shapes: dict[str, ModuleShape]) -> tuple[int, str]:
@@ -95,12 +115,15 @@ def plan_method(
     The random control draws anew for every training seed, so that it is compared as a strategy, not as one lucky plan.
     """
     _refuse_common_options(method)
-    terms: dict[str, Any] = {"budget": budget, "alpha": config.mixture.alpha, "scaling": config.mixture.scaling}
+    if METHODS[method.strategy].grows:
+        return _grown_plan(method, config, model, budget)
+    mixture = config.mixture_of(method)
+    terms: dict[str, Any] = {"budget": budget, "alpha": mixture.alpha, "scaling": mixture.scaling}
     if method.strategy != PLAIN_LORA:
-        terms |= {"router": router_cost(config), "top_k": config.mixture.top_k}
+        terms |= {"router": router_cost(config, method), "top_k": mixture.top_k}
     if method.strategy == "uniform" and config.budget.parameters is None:
         # The plan that sets the budget is itself the uniform row, where it has enough experts for top-k.
-        terms |= {"experts": max(config.budget.experts, config.mixture.top_k), "rank": config.budget.rank}
+        terms |= {"experts": max(config.budget.experts, mixture.top_k), "rank": config.budget.rank}
     if method.strategy == RANDOM:
         # The control draws from what the search may choose.
         space = config.search
@@ -109,14 +132,25 @@ def plan_method(
     if method.strategy == "alphalora" and "alphas" not in method.options:
         terms["weights"] = {name: model.get_parameter(f"{name}.weight").detach() for name in shapes}
     plan = make(method.strategy, shapes, **{**terms, **method.options})
-    return plan if method.strategy == PLAIN_LORA else plan_for_router(plan, config.mixture.router)
+    return plan if method.strategy == PLAIN_LORA else plan_for_router(plan, mixture.router)
+
+
+def _grown_plan(method: MethodConfig, config: RunConfig, model: nn.Module, budget: int) -> Allocation:
+    """The largest plan of the budget, of a method that is no plain mixture."""
+    known = METHODS[method.strategy]
+    experts = int(method.options.get("experts", known.experts))
+    top_k = min(config.mixture_of(method).top_k, experts)
+    least = resolve_allocation(model, mixture_config(config, method, num_experts=experts, r=1, top_k=top_k))
+    grow = more_rank if known.grows == "rank" else one_expert_more
+    plan = filled_plan(replace(least, strategy=known.name), budget, router_cost(config, method), grow)
+    return with_top_k(plan, known.share, known.scale_by) if known.grows == "experts" else plan
 
 
 def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: RunConfig, task: Task) -> PeftModel:
     """The model with the method's adapter, ready to train."""
     if method.strategy == PLAIN_LORA:
         return get_peft_model(model, plain_lora_config(plan, config, task))
-    return get_peft_model(model, mixture_config(config, task, allocation=plan))
+    return get_peft_model(model, mixture_config(config, method, allocation=plan))
 
 
 def plain_lora_config(plan: Allocation, config: RunConfig, task: Task) -> LoraConfig:

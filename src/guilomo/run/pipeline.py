@@ -165,7 +165,7 @@ class Run:
         if method.strategy == SHUFFLED:
             plan = shuffled(plan, seed)
         shapes = {name: shape for name, shape in self.facts["shapes"].items() if name in plan.modules}
-        plan.check_against(shapes, self.facts["budget"], self.router_cost)
+        plan.check_against(shapes, self.facts["budget"], router_cost(self.config, method))
         return plan
 
     def _made_plan(self, method: MethodConfig, seed: int) -> Allocation:

@@ -98,7 +98,7 @@ class HmoraRouter(Router):
 
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         share = self.mix.to(logits.dtype).sigmoid()
-        by_task = self._held[0](tokens.tasks).to(logits.dtype)
+        by_task = self._held[0](tokens.tasks(len(self._held[0].scores))).to(logits.dtype)
         g = (1 - share) * softmax_over_experts(logits) + share * by_task
         scores = g.clamp_min(torch.finfo(g.dtype).tiny).log()  # whose softmax is g, for losses and reports
         if self.top_k == self.experts:

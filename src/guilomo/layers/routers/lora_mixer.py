@@ -38,7 +38,7 @@ class LoraMixerRouter(LinearRouter):
 
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         if self.stage == "hard":
-            own = F.one_hot(known_tasks(tokens.tasks, self.experts), self.experts)
+            own = F.one_hot(known_tasks(tokens.tasks(self.experts), self.experts), self.experts)
             # Times 0: distributed training wants a gradient, if of 0, of every parameter.
             return Routing(own.to(logits.dtype) + 0 * logits, logits, own.bool())
         if self.training or self.top_k == self.experts:

@@ -46,5 +46,5 @@ class MeteoraRouter(LinearRouter):
     def _penalty(self, logits: Tensor, tokens: Tokens) -> Tensor | None:
         if tokens.task is None:
             return None
-        target = known_tasks(tokens.tasks, self.experts)
+        target = known_tasks(tokens.tasks(self.experts), self.experts)
         return F.cross_entropy(logits.flatten(0, -2), target.reshape(-1), reduction="none").view(target.shape)

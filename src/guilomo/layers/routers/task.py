@@ -68,7 +68,7 @@ class TaskRouter(Router):
         return x.new_zeros((*x.shape[:-1], self.experts), dtype=accumulation_dtype(x.dtype))
 
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
-        tasks = known_tasks(tokens.tasks, len(self.embedding))
+        tasks = known_tasks(tokens.tasks(len(self.embedding)), len(self.embedding))
         scores = self._scores().to(logits.dtype)[tasks]
         return Routing(softmax_over_experts(scores), scores)
 

@@ -1,0 +1,59 @@
+"""What a method is: which router, which structure of experts, which allocation, and where that comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MATURITIES = ("stable", "experimental")
+"""stable: the published rule is known and tested; experimental: something in it is remembered, second-hand or ours."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the family.
+
+    Attributes:
+        name: as recipes and the command line call it.
+        label: as reports call it.
+        summary: one line.
+        paper: title or name with its arXiv id; "" for what is ours.
+        maturity: see `MATURITIES`. note: what is uncertain, or ours.
+        knobs: what the budget of parameters is spent on, in words.
+        strategy: the allocation strategy that plans it; "" if it is planned by `grows`.
+        mixture: the fields of the recipe's ``mixture`` that make the method what it is.
+        experts: how many experts it starts with, where `grows` plans it.
+        grows: what a larger budget buys: "rank" of every expert, or "experts" of rank 1.
+        share: K as a share of the experts, where the budget buys experts. scale_by: what the recipe's scale is divided
+            by there, as published: "chosen" experts, or all "experts".
+        command: how it is tried where it is no row of a comparison (banks, conversions); "" for rows.
+    """
+
+    name: str
+    label: str
+    summary: str
+    paper: str
+    knobs: str
+    maturity: str = "stable"
+    note: str = ""
+    strategy: str = ""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    experts: int | None = None
+    grows: str = ""
+    share: float = 0.0
+    scale_by: str = ""
+    command: str = ""
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it can be a row of a comparison, rather than something done with adapters or models that exist."""
+        return not self.command
+
+    @property
+    def how_to_try(self) -> str:
+        """The command that tries it on the packaged model and data."""
+        return self.command or f"guilomo run --set methods=[lora,{self.name}] --set name=try-{self.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as ``guilomo methods --json`` prints it."""
+        return {**asdict(self), "command": self.how_to_try}
