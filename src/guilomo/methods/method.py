@@ -52,7 +52,8 @@ class Method:
     @property
     def how_to_try(self) -> str:
         """The command that tries it on the packaged model and data."""
-        return self.command or f"guilomo run --set methods=[lora,{self.name}] --set name=try-{self.name}"
+        rows = ",".join(dict.fromkeys(("lora", self.name)))
+        return self.command or f"guilomo run --set methods=[{rows}] --set name=try-{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as ``guilomo methods --json`` prints it."""
