@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from guilomo.errors import GuilomoError, invalid
 from guilomo.run.config import ModelConfig
+from guilomo.run.precision import use_matmul_precision
 from guilomo.tasks import Task
 from guilomo.tasks.config import expand_path
 from guilomo.tasks.task import SPLITS
@@ -59,6 +60,8 @@ def load_model(config: ModelConfig, task: Task, seed: int) -> nn.Module:
         GuilomoError: there is no such model, the device does not exist, or model and task do not fit together.
     """
     device = _device(config.device)
+    if device.type == "cpu" and config.matmul_precision != torch.get_float32_matmul_precision():
+        use_matmul_precision(config.matmul_precision)
     torch.manual_seed(seed)
     # Loading reports the new task head as missing weights, once per run; that is what is meant here.
     level = logging.get_verbosity()
