@@ -16,7 +16,7 @@ from benchmarks.speed.agreement import compare
 from benchmarks.speed.figure import write_figure
 from benchmarks.speed.notes import NOTES
 from benchmarks.speed.report import shown
-from benchmarks.speed.targets import TARGETS, better_path, by_name, regret
+from benchmarks.speed.targets import NOT_RUN, TARGETS, better_path, by_name, regret
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "speed"
@@ -69,6 +69,7 @@ def _run(name: str, results: Results, again: Results | None) -> str:
         NOTES.get(name, ""),
         _layers(results["cells"], "forward_backward", "Layer, forward and backward ÷ frozen"),
         _layers(results["cells"], "forward", "Layer, forward ÷ frozen"),
+        _layers(results["cells"], "graph", "Layer, forward and backward ÷ frozen, kernels alone"),
         _layer_memory(results["cells"]),
         _steps(results["cells"]),
         _decode(results["cells"]),
@@ -95,6 +96,9 @@ def _targets(results: Results) -> str:
     lines = []
     for target in TARGETS:
         verdict, readings = target.verdict(cells)
+        if all(reading.why == NOT_RUN for reading in readings):
+            continue
+        readings = [reading for reading in readings if reading.why != NOT_RUN]
         found = "; ".join(f"{r.label}: {shown(r)}" for r in readings if r.value is not None or r.why)
         word = f"**{verdict}**" if verdict == "missed" else verdict
         lines.append(f"| {target.number} | {target.what} | {target.wanted} | {found} | {word} |")
@@ -134,7 +138,7 @@ def _name(cell: Results, timing: Results) -> str:
 
 
 def _layers(cells: Sequence[Results], time: str, title: str) -> str:
-    layers = _of_kind(cells, "layer")
+    layers = [cell for cell in _of_kind(cells, "layer") if time in cell["times"]]
     variants = _variants(layers, time)
     rows = [
         [

@@ -201,10 +201,7 @@ def _on_cuda(cells: Cells) -> list[Reading]:
     limits = {"torch": ("ours:joined", 1.19), "Triton": ("ours:kernels", 1.10)}
     if name not in cells:
         return [Reading(label, None, limit, why="no GPU at hand") for label, (_, limit) in limits.items()]
-    return [
-        _ratio(cells, name, "forward_backward", variant, "frozen", limit, label)
-        for label, (variant, limit) in limits.items()
-    ]
+    return [_ratio(cells, name, "graph", variant, "frozen", limit, label) for label, (variant, limit) in limits.items()]
 
 
 UNROLLED = {dtype: f"search/unrolled-{dtype}" for dtype in ("fp32", "bf16")}

@@ -138,7 +138,7 @@ def plan_method(
 def _grown_plan(method: MethodConfig, config: RunConfig, model: nn.Module, budget: int) -> Allocation:
     """The largest plan of the budget, of a method that is no plain mixture."""
     known = METHODS[method.strategy]
-    experts: int = method.options.get("experts", known.experts)
+    experts = method.options.get("experts") or known.experts or 1
     top_k = min(config.mixture_of(method).top_k, experts)
     least = resolve_allocation(model, mixture_config(config, method, num_experts=experts, r=1, top_k=top_k))
     grow = more_rank if known.grows == "rank" else one_expert_more
