@@ -41,22 +41,27 @@ gradients that nobody reads are left out (9), and operations of a first call are
 """,
     "h200": """### What these numbers come to
 
-Two kinds of time are here. Called from Python one operation after the other, a layer on this fast card waits for the host:
-the frozen linear of 8192 tokens takes 0.35 ms, and a mixture's calls take longer than that on the virtual machine it
-was measured on. Replayed as a CUDA graph, only the kernels count ("kernels alone"); that is what 16 is about, and what a
-larger model or batch, a faster host, graphs or `torch.compile` come to.
+Two kinds of time are here. Called from Python one operation after the other, a layer on this fast card waits for the
+host: the frozen linear of 8192 tokens takes 0.35 ms, and a mixture's calls take longer than that on the virtual
+machine it was measured on. Replayed as a CUDA graph, only the kernels count ("kernels alone"); that is what 16 is
+about, and what a larger model or batch, a faster host, graphs or `torch.compile` come to.
 
-- **16.** Kernels alone, a mixture of 8 experts costs less than plain LoRA of the same rank does through PEFT. The targets
-  were predicted from the card's full bandwidth; narrow products reach about 70 % of it here
+- **16.** Kernels alone, a mixture of 8 experts costs less than plain LoRA of the same rank does through PEFT. The
+  targets were predicted from the card's full bandwidth; narrow products reach about 70 % of it here
   (`benchmarks/results/speed/parts/h200.json`): 27 µs for one pass over x and 28 over dy, 24 and 29 for the two weight
   gradients, 24 and 30 for the two narrow products that the large ones are added to, beside 692 for the frozen linear.
-  Adding the narrow product to the large one's result instead would take 59 µs in place of 24 + 4, which is why it is the
-  other way round. `[W|B]` as one matrix would take 6 µs in place of those 28, if x came with room for the gated
+  Adding the narrow product to the large one's result instead would take 59 µs in place of 24 + 4, which is why it is
+  the other way round. `[W|B]` as one matrix would take 6 µs in place of those 28, if x came with room for the gated
   activations beside it; copying x there takes 33, so it was not built: only the layer in front could spare that.
-- **2, 4, 5, 12, 13** were measured by calls here, so they say what eager training of a small model on this machine costs, not
-  what the card could do: a step of the 6-layer model is bound by calls even in PEFT. Eager, plain LoRA is faster.
+- **2, 4, 5, 12, 13** were measured by calls here, so they say what eager training of a small model on this machine
+  costs, not what the card could do: a step of the 6-layer model is bound by calls even in PEFT. Eager, plain LoRA is
+  faster.
+- **11.** The counter sees torch's operations, not Triton's: two kernels more per linear in training, one in
+  generation.
 - The sorted path waits for the device and is not chosen by itself here.
-- One layer could not be captured (d 2048; no variant of it), and the time on the card was over before that was looked into.
-- torch here is 2.11; Triton's kernels were compared with the naive loop on the card (`pytest tests/layers/test_kernels.py`).
+- One layer could not be captured (d 2048; no variant of it), and the time on the card was over before that was looked
+  into.
+- torch here is 2.11; Triton's kernels were compared with the naive loop on the card (`pytest
+  tests/layers/test_kernels.py`).
 """,
 }
