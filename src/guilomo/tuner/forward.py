@@ -34,7 +34,7 @@ def adapted_output(mixtures: Sequence[Mixture], base: nn.Module, x: Tensor, args
     """The output of the frozen layer ``(N, ..., O)`` with all mixtures, router losses attached."""
     path: str | None = None
     reading: Reading | None = None
-    if len(mixtures) == 1 and not (args or kwargs):
+    if len(mixtures) == 1 and not (args or kwargs or torch.compiler.is_compiling()):
         reading = mixtures[0].layer.context.shared.take(mixtures[0].layer, x)
         path = path_of(mixtures[0], x) if reading is None else reading.path
         if path in JOINED:
