@@ -31,11 +31,12 @@ def facts_of(results: Results) -> list[str]:
         facts.append(f"budget {count(budget['parameters'])} trainable parameters{source}")
     methods = methods_of(results)
     if methods:
-        facts.append(_plural(len(methods), "method") + f" × {_plural(len(_seeds(results)), 'seed')}")
+        facts.append(plural(len(methods), "method") + f" × {plural(len(_seeds(results)), 'seed')}")
     return facts
 
 
-def _plural(amount: int, word: str) -> str:
+def plural(amount: int, word: str) -> str:
+    """A number and its word: `1 seed`, `3 seeds`."""
     return f"{amount} {word}" if amount == 1 else f"{amount} {word}s"
 
 
@@ -105,12 +106,12 @@ def made_of(results: Results) -> list[tuple[str, str]]:
     truncated = number(data.get("truncated"))
     labels = ", ".join(map(str, data.get("labels") or []))
     pairs = {
-        "Made": _moment(results.get("created")),
+        "Made": moment(results.get("created")),
         "guilomo": results.get("guilomo"),
         "Versions": ", ".join(f"{name} {version}" for name, version in part(results, "versions").items()),
-        "Hardware": _hardware(hardware),
+        "Hardware": hardware_text(hardware),
         "Seeds": ", ".join(map(str, _seeds(results))),
-        "Model": _model(part(results, "model")),
+        "Model": model_text(part(results, "model")),
         "Data": ", ".join(filter(None, [str(data.get("name") or ""), str(data.get("kind") or ""), sizes])),
         "Labels": labels,
         "Truncated": f"{count(truncated)} examples were cut to the length limit" if truncated else "",
@@ -119,7 +120,7 @@ def made_of(results: Results) -> list[tuple[str, str]]:
     return [(name, str(value) if value else "not recorded") for name, value in pairs.items() if _kept(name, value)]
 
 
-def _moment(text: Any) -> str:
+def moment(text: Any) -> str:
     """An ISO time to the minute; whatever else was written stays as it is."""
     try:
         return f"{datetime.fromisoformat(str(text)):%Y-%m-%d %H:%M %Z}".strip()
@@ -132,19 +133,21 @@ def _kept(name: str, value: Any) -> bool:
     return bool(value) or name not in ("Labels", "Truncated")
 
 
-def _hardware(hardware: Mapping[str, Any]) -> str:
+def hardware_text(hardware: Mapping[str, Any]) -> str:
+    """The machine in one line; empty if it was not recorded."""
     if not hardware:
         return ""
     memory = number(hardware.get("memory_gib"))
     found = [
         str(hardware.get("cpu") or "unknown CPU"),
-        _plural(int(hardware["cores"]), "core") if hardware.get("cores") else "",
+        plural(int(hardware["cores"]), "core") if hardware.get("cores") else "",
         f"{memory:g} GiB memory" if memory is not None else "",
         str(hardware.get("gpu") or "no GPU"),
     ]
     return ", ".join(filter(None, found))
 
 
-def _model(model: Mapping[str, Any]) -> str:
+def model_text(model: Mapping[str, Any]) -> str:
+    """The model and its size; empty if it was not recorded."""
     size = f", {count(model['parameters'])} parameters" if model.get("parameters") else ""
     return f"{model['name']}{size}" if model.get("name") else ""

@@ -36,7 +36,7 @@ class Picture:
     narrow: Markup
 
 
-def _picture(name: str, description: str, draw: Callable[[float], Figure], wide: float = WIDE) -> Picture:
+def picture(name: str, description: str, draw: Callable[[float], Figure], wide: float = WIDE) -> Picture:
     """Draws both renderings; every id in them starts with `name`, which is unique in the page."""
     # The SVG is our own text with the description escaped, so it is safe to paste unescaped.
     return Picture(
@@ -57,7 +57,7 @@ def _comparison(results: Results) -> dict[str, Picture]:
         return {}
     best = ", ".join(entry.label for entry in entries)
     text = f"{title_of(metric)} of each method with its interval, best first: {best}."
-    return {"comparison": _picture("comparison", text, lambda width: plot_comparison(results, width=width))}
+    return {"comparison": picture("comparison", text, lambda width: plot_comparison(results, width=width))}
 
 
 def _allocations(results: Results) -> dict[str, Picture]:
@@ -72,11 +72,11 @@ def _allocations(results: Results) -> dict[str, Picture]:
         def draw(width: float, what: str = what) -> Figure:
             return plot_allocation(plan, what, width=width)
 
-        found[what] = _picture(what, text, draw, HALF)
+        found[what] = picture(what, text, draw, HALF)
     plans = [(label_of(m), p) for m in methods_of(results) if (p := allocation_of(m)) is not None]
     if len(plans) > 1:
         text = "Total rank per module of every method, on one scale: " + ", ".join(label for label, _ in plans)
-        found["plans"] = _picture("plans", text, lambda width: plot_small_allocations(plans, width))
+        found["plans"] = picture("plans", text, lambda width: plot_small_allocations(plans, width))
     return found
 
 
@@ -86,11 +86,11 @@ def _search(results: Results) -> dict[str, Picture]:
     if any(trajectory.get(quantity) for quantity in QUANTITIES):
         text = "Expected expert count and rank of every module over the search, one panel per projection."
         search = part(results, "search")
-        found["trajectories"] = _picture("trajectories", text, lambda width: plot_trajectories(search, width))
+        found["trajectories"] = picture("trajectories", text, lambda width: plot_trajectories(search, width))
     trained = any(run.get("loss_curve") for method in methods_of(results) for run in method.get("runs") or [])
     if trained or any(trajectory.get(name) for name in ("train_loss", "held_out_loss", "expected_parameters")):
         text = "Losses of the search and of the training over their steps."
-        found["losses"] = _picture("losses", text, lambda width: plot_losses(results, width))
+        found["losses"] = picture("losses", text, lambda width: plot_losses(results, width))
     return found
 
 
@@ -99,4 +99,4 @@ def _routers(results: Results) -> dict[str, Picture]:
     if lead is None or not router_of(lead).get("load"):
         return {}
     text = f"Share of the tokens each expert of {label_of(lead)} received, one bar per module."
-    return {"router": _picture("router", text, lambda width: plot_router_load([lead], width))}
+    return {"router": picture("router", text, lambda width: plot_router_load([lead], width))}
