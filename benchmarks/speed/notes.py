@@ -10,17 +10,17 @@ inside: equal code (`ours` and `ours:joined` in a step; the paths of 7) differs 
 
 - **2.** In float32 a step costs nine tenths of plain LoRA's, and no interval of the joined and fused paths reaches 1.
   In half precision `ours` reads 1.07 and the very same code under the name `ours:joined` 0.96, so it costs what plain
-  LoRA costs; that it costs less is not shown. Beside the layer alone, a step gains where q, k, v and gate, up share one
-  reading of x and the large products add up the parts of its gradient.
-- **3.** Half a percent: the routing weights, one number per token and expert, must be kept for the backward, and plain
-  LoRA has none. With the balance loss the probabilities are kept too.
+  LoRA costs; that it costs less is not shown. Beside the layer alone, a step gains where q, k, v and gate, up share
+  one reading of x and the large products add up the parts of its gradient.
+- **3.** Half a percent: the routing weights, one number per token and expert, must be kept for the backward, and
+  plain LoRA has none. With the balance loss the probabilities are kept too.
 - **4, 5.** What brought the layer here from the plain operations: nothing as large as the input or the output is made
   beside the frozen linear's own; the large product is added to the narrow one instead of the other way round, forward
-  and backward; the router's rows ride in the products of A where the dtype allows; the rounding error of half-precision
-  logits comes from a second product instead of a float32 copy of the input; the two best experts are found by two maxima
-  instead of a sort; softmax runs along tokens. In a smaller layer (d 1024, half precision) the router's second product
-  and some fifteen small operations over tokens and experts show. `[W|B]` as one matrix would bring what adding onto the
-  narrow product brings, and double the frozen weights, so it was not built.
+  and backward; the router's rows ride in the products of A where the dtype allows; the rounding error of
+  half-precision logits comes from a second product instead of a float32 copy of the input; the two best experts are
+  found by two maxima instead of a sort; softmax runs along tokens. In a smaller layer (d 1024, half precision) the
+  router's second product and some fifteen small operations over tokens and experts show. `[W|B]` as one matrix would
+  bring what adding onto the narrow product brings, and double the frozen weights, so it was not built.
 - **7.** `ours` runs one of the two paths that it is compared with, so a difference whose interval reaches below 1, as
   that of the worst cell, is noise. One cell is not: d 512, 256 tokens, 512 rank rows in float32, 1.16. The rule is
   cautious with so few tokens.
@@ -28,13 +28,14 @@ inside: equal code (`ours` and `ours:joined` in a step; the paths of 7) differs 
 - **9.** Three passes, the virtual step of the optimiser and its Jacobian.
 - **10.** A search is worth a number of training steps that does not depend on the task; from how many rows on it is a
   quarter of the second stage stands at the end of this section.
-- **12.** For one token the adapter is bound by calls, not by arithmetic: seven operations where plain LoRA has four, and
-  from 13 operations (`ours:packed`) on nothing was won in time: narrow half-precision products for one token take several
-  times as long as float32 ones, so widened copies are made, and these cost what the calls had. Keeping the copies would
-  be faster; they would be stale without notice when somebody writes through `.data`, so this was not done.
+- **12.** For one token the adapter is bound by calls, not by arithmetic: seven operations where plain LoRA has four,
+  and from 13 operations (`ours:packed`) on nothing was won in time: narrow half-precision products for one token take
+  several times as long as float32 ones, so widened copies are made, and these cost what the calls had. Keeping the
+  copies would be faster; they would be stale without notice when somebody writes through `.data`, so this was not
+  done.
 - **13.** Three tensors per linear instead of two, and 6 % more parameters, the routers'.
-- `torch.set_float32_matmul_precision("medium")` computes in half precision on this processor (a relative error of 3e-3);
-  `model.matmul_precision` of recipes measures that and refuses it.
+- `torch.set_float32_matmul_precision("medium")` computes in half precision on this processor (a relative error of
+  3e-3); `model.matmul_precision` of recipes measures that and refuses it.
 """,
     "h200": """### What these numbers come to
 
