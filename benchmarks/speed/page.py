@@ -311,14 +311,14 @@ def _made(name: str, results: Results) -> str:
 
 
 def stored() -> dict[str, Results]:
-    """The committed runs by the name of their file."""
+    """The committed runs by the name of their file, the largest first."""
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(FOLDER.glob("*.json"), key=lambda p: p.stem)
+        for path in sorted(FOLDER.glob("*.json"), key=lambda p: p.stat().st_size, reverse=True)
     }
 
 
 if __name__ == "__main__":
     FILES = stored()
     PAGE.write_text(page(FILES), encoding="utf-8")
-    write_figure(next(results for name, results in FILES.items() if not name.endswith(AGAIN)), PAGE.with_suffix(".png"))
+    write_figure(max(FILES.values(), key=lambda results: len(results["cells"])), PAGE.with_suffix(".png"))
