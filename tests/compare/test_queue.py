@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from comparisons import Finished, comparison, finish, numbers
+from comparisons import Finished, comparison, finish, job_of, numbers
 from guilomo.compare import CompareConfig
 from guilomo.compare.alive import is_dead, this_process
 from guilomo.compare.cells import Board, Cell, State
@@ -147,8 +148,8 @@ def test_a_worker_that_lives_keeps_its_cell(board: Board) -> None:
         def do(self, cell: Cell) -> None:
             age_heartbeats(board)
             time.sleep(1.5)  # one beat
-            others = [claim.cell for _ in board.cells if (claim := queue_of(board).claim())]
-            assert cell not in others
+            other = queue_of(board)
+            assert cell not in [claim.cell for _ in board.cells if (claim := other.claim())]
             raise Interrupted("enough")
 
     with pytest.raises(Interrupted, match="enough"):
@@ -168,7 +169,8 @@ def test_a_process_that_ended_here_is_not_waited_for(board: Board, queue: Queue)
     with sqlite3.connect(board.config.folder / "queue.db") as connection:
         ended_process = json.dumps(f"{place} {ended.pid}")
         connection.execute("UPDATE trial_user_attributes SET value_json = ? WHERE key = 'process'", [ended_process])
-    taken = [claim for _ in board.cells if (claim := queue_of(board).claim())]
+    other = queue_of(board)
+    taken = [claim for _ in board.cells if (claim := other.claim())]
     assert [claim.attempt for claim in taken if claim.cell == lost.cell] == [2]
 
 
@@ -196,11 +198,39 @@ def test_passwords_are_left_out() -> None:
     assert without_password("sqlite:///queue.db") == "sqlite:///queue.db"
 
 
+def test_another_machine_can_do_the_cells(bert_folder: Path, colours: Path, tmp_path: Path) -> None:
+    """Here in one process: what was started is done by one that joins, and put together by the first."""
+    options = {**UNSWEPT, "methods": ["lora"], "seeds": [0]}
+    content = comparison(bert_folder, colours, tmp_path / "out", measure_costs=False, **options)
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    first, second = job_of(content), job_of(content)
+    with pytest.raises(GuilomoError, match=r"config\.json"):
+        second.join(1, storage)
+    first.prepare(resume=False)
+    Queue(first.board, storage).fill()
+    second.join(1, storage)
+    assert first.board.open() == []
+    assert first.run(storage=storage)["status"] == "complete"
+
+
+def test_one_that_joins_with_other_rows_is_refused(bert_folder: Path, colours: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(colours, tmp_path / "data")
+    content = comparison(bert_folder, source, tmp_path / "out", **UNSWEPT)
+    job, storage = job_of(content), f"sqlite:///{tmp_path / 'shared.db'}"
+    job.prepare(resume=False)
+    Queue(job.board, storage).fill()
+    rows = source / "colours.test.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(GuilomoError, match="have changed since"):
+        job_of(content).join(1, storage)
+    assert len(job.board.open()) == 8
+
+
 @pytest.mark.slow
 def test_two_workers_find_what_one_finds(finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path) -> None:
-    content = comparison(bert_folder, colours, tmp_path / "out")
-    results = finish(content, workers=2).results
-    assert numbers(results) == numbers(finished.results)
+    content = comparison(bert_folder, colours, tmp_path / "out", measure_costs=False)
+    results = numbers(finish(content, workers=2).results)
+    assert results == {**numbers(finished.results), "config": results["config"]}
 
 
 @pytest.mark.slow
@@ -208,7 +238,7 @@ def test_a_worker_that_is_killed_loses_nothing(
     finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path
 ) -> None:
     """The whole command is killed with its workers in the middle of a training, and continued."""
-    content = comparison(bert_folder, colours, tmp_path / "out")
+    content = comparison(bert_folder, colours, tmp_path / "out", measure_costs=False)
     command = [sys.executable, "-m", "guilomo.cli", "compare", str(write_recipe(tmp_path / "c.yaml", content))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*command, "--workers", "2", "--quiet"], env=environment, start_new_session=True)
