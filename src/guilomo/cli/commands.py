@@ -16,6 +16,7 @@ from rich.table import Table
 from guilomo.allocation import Allocation, RouterCost, linear_router
 from guilomo.cli.adapters import adapter_config, adapter_folder, load_adapter
 from guilomo.cli.bank import build_from_bank, list_bank, select_from_bank
+from guilomo.cli.compare import compare
 from guilomo.cli.export import export
 from guilomo.cli.methods import list_methods
 from guilomo.cli.progress import shown_progress, stop_on_signal
@@ -307,4 +308,16 @@ def report(arguments: argparse.Namespace) -> None:
         console.print(f"drawn to {arguments.picture}", highlight=False)
 
 
-__all__ = ["allocate", "bank", "evaluate", "export", "inspect", "methods", "report", "run", "search", "train"]
+__all__ = [
+    "allocate",
+    "bank",
+    "compare",
+    "evaluate",
+    "export",
+    "inspect",
+    "methods",
+    "report",
+    "run",
+    "search",
+    "train",
+]

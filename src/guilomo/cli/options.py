@@ -1,4 +1,4 @@
-"""Help for the keys of a recipe, from the same objects that validate it."""
+"""Help for the keys of a recipe or comparison, from the same objects that validate it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic_core import PydanticUndefined
 from guilomo.run import RunConfig
 
 
-def describe_options() -> str:
-    """Every key of a recipe with its default and what it trades off."""
-    lines = ["keys of a recipe (in YAML, or with --set KEY=VALUE):"]
-    for key, default, text in option_rows(RunConfig):
+def describe_options(model: type[BaseModel] = RunConfig) -> str:
+    """Every key of a recipe, or of another kind of file, with its default and what it trades off."""
+    lines = ["keys of the file (in YAML, or with --set KEY=VALUE):"]
+    for key, default, text in option_rows(model):
         lines.append(f"  {key}  [{default}]")
         lines += textwrap.wrap(text, width=92, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from guilomo import __version__
 from guilomo.adapters import WAYS
 from guilomo.cli.options import describe_options
+from guilomo.compare import CompareConfig
 from guilomo.export.words import FORMS
 from guilomo.layers.routers import ROUTERS
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"guilomo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _run(commands)
+    _compare(commands)
     _search(commands)
     _allocate(commands)
     _train(commands)
@@ -53,16 +55,20 @@ def _recipe_command(commands: Commands, name: str, help: str) -> argparse.Argume
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("recipe", nargs="?", help=RECIPE_HELP)
+    _overridable(command)
+    return command
+
+
+def _overridable(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. --set search.steps=100; may be given several times",
+        help="override a key of the file, e.g. --set search.steps=100; may be given several times",
     )
     command.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    return command
 
 
 def _resumable(command: argparse.ArgumentParser) -> None:
@@ -74,6 +80,37 @@ def _resumable(command: argparse.ArgumentParser) -> None:
 
 def _run(commands: Commands) -> None:
     command = _recipe_command(commands, "run", "search, train every method at one budget, compare, write the report")
+    _resumable(command)
+
+
+def _compare(commands: Commands) -> None:
+    help = "train every method on every task with every seed, at one budget; test and rank them"
+    command: argparse.ArgumentParser = commands.add_parser(
+        "compare",
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"{describe_options(CompareConfig)}\n\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "file", nargs="?", help="YAML file; docs/compare.md has one. The options below replace its keys"
+    )
+    command.add_argument("--model", metavar="M", help="minilm, a folder, or a name on the Hub")
+    command.add_argument("--tasks", metavar="A,B", help="docstrings, data files, FOLDER/NAME or hub:OWNER/DATASET")
+    command.add_argument("--methods", metavar="X,Y", help="names of the rows; plain LoRA is added if it is left out")
+    command.add_argument("--seeds", metavar="0,1,2", help="one training per task, method and seed")
+    command.add_argument("--budget", type=int, metavar="N", help="trainable parameters that every method may use")
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
+    command.add_argument(
+        "--storage",
+        metavar="URL",
+        help="database with the queue, for several machines that share the output folder, such as "
+        "postgresql://USER@HOST/NAME (default: a file in the output folder)",
+    )
+    command.add_argument("--join", action="store_true", help="do cells of a comparison that was started elsewhere")
+    command.add_argument("--retry-failed", action="store_true", help="continue, and try again the cells that failed")
+    command.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+    _overridable(command)
     _resumable(command)
 
 

@@ -35,10 +35,10 @@ KINDS = {SEARCHED: "searched", PLAIN_LORA: "baseline"}
 def results_of(run: Run) -> dict[str, Any]:
     """The content of results.json from the stages that are done."""
     config = run.config
-    methods = [m for m in (_method(run, method) for method in config.methods) if m is not None]
+    methods = [m for m in (method_row(run, method) for method in config.methods) if m is not None]
     wanted = len(config.methods) * len(config.seeds)
     search = searches_of(run)
-    metric = config.evaluation.metric or _leading_metric(methods)
+    metric = config.evaluation.metric or leading_metric(methods)
     tests = _tests(run, methods)
     return {
         "schema": SCHEMA,
@@ -51,7 +51,7 @@ def results_of(run: Run) -> dict[str, Any]:
         "hardware": environment.hardware(),
         "seconds": _seconds(methods, search),
         "config": config.model_dump(mode="json"),
-        "data": _data(run),
+        "data": data_facts(run),
         "model": {"name": config.model.path, "parameters": run.facts["parameters"]},
         "budget": {"parameters": run.facts["budget"], "source": run.facts["budget_source"]},
         "search": search,
@@ -62,7 +62,8 @@ def results_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _data(run: Run) -> dict[str, Any]:
+def data_facts(run: Run) -> dict[str, Any]:
+    """Name, hash and sizes of the data; for classification also the share of the most frequent test class."""
     task = run.task
     chance = None
     if task.kind == "classification":
@@ -96,7 +97,7 @@ def _not_chosen(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     return [cell for cell in sweep["rates"] if cell["learning_rate"] != sweep["chosen"]]
 
 
-def _method(run: Run, method: MethodConfig) -> dict[str, Any] | None:
+def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     """One row: plan, costs, runs; None before its plan is known."""
     folder = run.config.folder / "methods" / method.name
     places = [folder / f"seed-{seed}" for seed in run.config.seeds]
@@ -156,7 +157,8 @@ def _interval(scores: list[dict[str, Any]], least: float, most: float) -> tuple[
     return max(least, centre - math.hypot(luck, below)), min(most, centre + math.hypot(luck, above))
 
 
-def _leading_metric(methods: list[dict[str, Any]]) -> str:
+def leading_metric(methods: list[dict[str, Any]]) -> str:
+    """The first of accuracy, exact match, perplexity and loss that was measured."""
     names = {name for m in methods for name in m["summary"]}
     return next((n for n in ("accuracy", "exact_match", "perplexity") if n in names), "loss")
 
@@ -170,17 +172,17 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for other in methods:
         if other is searched or len(other["rows"]) != len(searched["rows"]):
             continue
-        for metric, values in (("loss", _row_losses), ("accuracy", _row_hits)):
+        for metric, values in (("loss", row_losses), ("accuracy", row_hits)):
             a, b = values(searched["rows"]), values(other["rows"])
             if a is None or b is None:
                 continue
-            found.append({"a": searched["name"], "b": other["name"], "metric": metric, **_paired_test(a, b, metric)})
+            found.append({"a": searched["name"], "b": other["name"], "metric": metric, **paired_test(a, b, metric)})
     for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
         test["p_corrected"] = corrected
     return found
 
 
-def _paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
+def paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
     """Difference ``a - b`` of values ``(seeds, rows)`` with its interval, p-value and the name of the test."""
     found = paired_runs(a, b)
     p, test = found.p_value, "paired t over test rows and seeds" if len(a) > 1 else "paired bootstrap over test rows"
@@ -190,12 +192,13 @@ def _paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
     return {"difference": score.value, "low": score.low, "high": score.high, "p": p, "test": test}
 
 
-def _row_losses(rows: list[dict[str, Any]]) -> Any:
+def row_losses(rows: list[dict[str, Any]]) -> Any:
     """Mean loss per prediction ``(seeds, rows)``."""
     return np.array([np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows])
 
 
-def _row_hits(rows: list[dict[str, Any]]) -> Any:
+def row_hits(rows: list[dict[str, Any]]) -> Any:
+    """1.0 where a prediction is right, else 0.0, `(seeds, rows)`; None where nothing was predicted."""
     if any(r["correct"] is None for r in rows):
         return None
     return np.array([r["correct"] for r in rows], dtype=float)
@@ -229,19 +232,20 @@ def sweep_notes(methods: list[dict[str, Any]]) -> list[str]:
     edge = [m["label"] for m in methods if m["sweep"] and m["sweep"]["edge"]]
     if not edge:
         return []
-    return [f"A better learning rate may lie beyond the grid for {_list(edge)}: widen sweep.learning_rates."]
+    return [f"A better learning rate may lie beyond the grid for {listed(edge)}: widen sweep.learning_rates."]
 
 
 def _sentences(label: str, noun: str, better: list[str], worse: list[str], even: list[str]) -> list[str]:
     out = []
     if better:
-        out.append(f"{label} has better {noun} than {_list(better)} on these test rows (Holm-corrected p < 0.05).")
+        out.append(f"{label} has better {noun} than {listed(better)} on these test rows (Holm-corrected p < 0.05).")
     if worse:
-        out.append(f"{label} has worse {noun} than {_list(worse)} on these test rows (Holm-corrected p < 0.05).")
+        out.append(f"{label} has worse {noun} than {listed(worse)} on these test rows (Holm-corrected p < 0.05).")
     if even:
-        out.append(f"In {noun}, these results cannot tell {label} from {_list(even)}.")
+        out.append(f"In {noun}, these results cannot tell {label} from {listed(even)}.")
     return out
 
 
-def _list(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names as in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

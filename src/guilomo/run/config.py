@@ -173,6 +173,16 @@ class EvaluationConfig(BaseModel):
     ) = Field(None, description="Metric the report leads with; unset: accuracy, exact match, perplexity or loss.")
 
 
+def share_top_k(value: Any) -> Any:
+    """The search's own checks need the top-k of the mixture, unless the recipe gives it one."""
+    if not isinstance(value, dict) or not isinstance(value.get("mixture"), dict):
+        return value
+    top_k, search = value["mixture"].get("top_k"), value.get("search", {})
+    if isinstance(top_k, int) and top_k >= 1 and isinstance(search, dict):
+        return {**value, "search": {"top_k": top_k, **search}}
+    return value
+
+
 class RunConfig(BaseModel):
     """A recipe."""
 
@@ -203,13 +213,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _share_top_k(cls, value: Any) -> Any:
-        """The search's own checks need the top-k of the mixture, unless the recipe gives it one."""
-        if not isinstance(value, dict) or not isinstance(value.get("mixture"), dict):
-            return value
-        top_k, search = value["mixture"].get("top_k"), value.get("search", {})
-        if isinstance(top_k, int) and top_k >= 1 and isinstance(search, dict):
-            return {**value, "search": {"top_k": top_k, **search}}
-        return value
+        return share_top_k(value)
 
     @field_validator("seeds")
     @classmethod

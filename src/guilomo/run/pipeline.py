@@ -114,7 +114,7 @@ class Run:
             saved = read_json(path)
             if saved != present:
                 raise GuilomoError(
-                    f"{self.config.folder} holds a run with other settings ({_differences(saved, present)}). "
+                    f"{self.config.folder} holds a run with other settings ({differences(saved, present)}). "
                     "Give another output folder (--set output=...), or delete it."
                 )
             if not resume:
@@ -293,7 +293,7 @@ class Run:
         return router_cost(self.config)
 
 
-def _differences(a: Any, b: Any, path: str = "") -> str:
+def differences(a: Any, b: Any, path: str = "") -> str:
     """The first few keys in which two resolved recipes differ."""
     found: list[str] = []
 

@@ -1,12 +1,12 @@
-"""Reads recipes: YAML plus ``--set`` overrides to a `RunConfig`, with errors that name the key and the remedy."""
+"""Reads YAML plus ``--set`` overrides into a validated object, with errors that name the key and the remedy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,22 +14,45 @@ from pydantic import BaseModel, ValidationError
 from guilomo.errors import GuilomoError
 from guilomo.run.config import RunConfig
 
+Config = TypeVar("Config", bound=BaseModel)
+
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with ``key.subkey=value`` overrides applied on top.
+    """The run that a YAML file describes; see `load_config`."""
+    return load_config(RunConfig, path, overrides)
+
+
+def load_config(
+    kind: type[Config],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Config:
+    """The object that a YAML file describes, with ``key.subkey=value`` overrides applied on top.
+
+    Args:
+        kind: the class whose fields are the file's keys.
+        given: keys that replace those of the file, key by key in groups, before the overrides are applied.
 
     Raises:
         GuilomoError: the file cannot be read, or a key or value is not usable; every problem is listed.
     """
     content = _read(path) if path is not None else {}
+    for key, value in (given or {}).items():
+        group = content.get(key)
+        content[key] = {**group, **value} if isinstance(group, dict) and isinstance(value, dict) else value
     for override in overrides:
         _apply(content, override)
     try:
-        return RunConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
-        problems = dict.fromkeys(_explain(problem) for problem in _merged(error.errors()))
-        raise GuilomoError(where + "\n".join(problems)) from None
+        raise GuilomoError(where + "\n".join(problems(error, kind))) from None
+
+
+def problems(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """Every problem that pydantic found with an object of a class, in our form."""
+    return list(dict.fromkeys(_explain(problem, kind) for problem in _merged(error.errors())))
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -99,13 +122,13 @@ def _is_type_name(part: Any) -> bool:
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[BaseModel]) -> str:
     """One pydantic problem in our form."""
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path) or "recipe"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1])
+        known = _keys_at(kind, path[:-1])
         near = get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{name} is not a known key: expected one of {', '.join(sorted(known))}.{hint}"
@@ -126,9 +149,9 @@ def _nearest(problem: Any) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    """The keys that a recipe knows at a path."""
-    model: type[BaseModel] = RunConfig
+def _keys_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys that are known at a path."""
+    model = kind
     for part in path:
         field = model.model_fields.get(part)
         if field is None:  # an index into a list of the model found before
