@@ -1,15 +1,13 @@
-"""Counts the bytes of tensors: kept for the backward, and alive at once."""
+"""Counts the bytes of tensors that are kept for the backward; those alive at once: `guilomo.evaluation.memory`."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from guilomo.evaluation.memory import storage_of
 
 
 def saved_bytes(forward: Callable[[], object], given: Iterable[Tensor]) -> int:
@@ -18,13 +16,13 @@ def saved_bytes(forward: Callable[[], object], given: Iterable[Tensor]) -> int:
     Args:
         given: what exists anyway, such as parameters, buffers and the input.
     """
-    known = {_storage_of(tensor) for tensor in given}
+    known = {storage_of(tensor) for tensor in given}
     kept: dict[int, int] = {}
     held: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        if _storage_of(tensor) not in known:
-            kept[_storage_of(tensor)] = tensor.untyped_storage().nbytes()
+        if storage_of(tensor) not in known:
+            kept[storage_of(tensor)] = tensor.untyped_storage().nbytes()
             held.append(tensor)  # an address must not be given to another storage while we count
         return tensor
 
@@ -32,45 +30,3 @@ def saved_bytes(forward: Callable[[], object], given: Iterable[Tensor]) -> int:
         result = forward()
     del result
     return sum(kept.values())
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes alive at once in tensors made during `work`, gradients included.
-
-    Counted operation by operation, so that it does not depend on the allocator; what a kernel allocates inside and
-    frees again is not seen.
-    """
-    with _Living() as living:
-        result = work()
-    del result
-    return living.peak
-
-
-class _Living(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        before = {_storage_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and _storage_of(tensor) not in before | self._known:
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _storage_of(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

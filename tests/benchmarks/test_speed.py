@@ -19,7 +19,7 @@ from benchmarks.speed.clocks import Work
 from benchmarks.speed.disturbance import Disturbance, Watch
 from benchmarks.speed.equality import errors
 from benchmarks.speed.kernels import count
-from benchmarks.speed.memory import peak_bytes, saved_bytes
+from benchmarks.speed.memory import saved_bytes
 from benchmarks.speed.models import LLAMA_LINEARS, Adaptation, llama, random_tokens
 from benchmarks.speed.page import page
 from benchmarks.speed.shapes import LayerShape, LayerWeights
@@ -28,6 +28,7 @@ from benchmarks.speed.targets import TARGETS, by_name
 from benchmarks.speed.timing import interleave
 from benchmarks.speed.variants import MIXTURES, VARIANTS, build_layer, forward_backward_of, unsupported
 from guilomo.errors import GuilomoError
+from guilomo.evaluation.memory import peak_bytes
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, rounds=2, seed=0, clock="wall")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from benchmarks.speed.cells.cell import Cell, Result, Setting
 from benchmarks.speed.clocks import Work, captured
 from benchmarks.speed.kernels import count
-from benchmarks.speed.memory import peak_bytes, saved_bytes
+from benchmarks.speed.memory import saved_bytes
 from benchmarks.speed.shapes import LayerShape, LayerWeights
 from benchmarks.speed.variants import VARIANTS, build_layer, forward_backward_of, forward_of, unsupported
+from guilomo.evaluation.memory import peak_bytes
 
 MIXED = (3, 8, 1, 5, 16, 2, 19, 10)
 """Eight ranks with the sum 64, as a search finds them."""

@@ -13,9 +13,9 @@ from benchmarks.speed.baselines import BASELINES
 from benchmarks.speed.cells.cell import Cell, Result, Setting
 from benchmarks.speed.clocks import Work
 from benchmarks.speed.kernels import count
-from benchmarks.speed.memory import peak_bytes
 from benchmarks.speed.models import BERT_LINEARS, LLAMA_LINEARS, Adaptation, Adapted, llama, minilm, random_tokens
 from benchmarks.speed.variants import OURS
+from guilomo.evaluation.memory import peak_bytes
 
 VARIANTS = ("peft", "frozen", *OURS, "ours+balance", *BASELINES)
 """``ours`` has no balance loss, like the others; ``ours+balance`` is the default config."""

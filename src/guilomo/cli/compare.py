@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ from guilomo.cli.progress import shown_progress, stop_on_signal
 from guilomo.cli.screen import console, print_table
 from guilomo.compare import CompareConfig, Comparison
 from guilomo.errors import GuilomoError, invalid
+from guilomo.report.family import write_comparison
 from guilomo.report.units import DASH, title_of, unit_of
 from guilomo.run import Run
 from guilomo.run.dry import dry_run
+from guilomo.run.methods import router_cost
 from guilomo.run.recipe import load_config
-
-PAGE = "guilomo.report.family"
-"""Where the page of a comparison is made."""
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -40,12 +37,11 @@ def compare(arguments: argparse.Namespace) -> None:
             return
         job.prepare(arguments.resume or arguments.retry_failed, arguments.retry_failed)
         results = job.run(arguments.workers, arguments.storage)
-    if importlib.util.find_spec(PAGE) is not None:
-        importlib.import_module(PAGE).write_comparison(results, config.folder)
+    page = write_comparison(results, config.folder)
     if arguments.json:
         print(json.dumps(results, ensure_ascii=False))
     else:
-        _show(results, job.results_file)
+        _show(results, job.results_file, page)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -85,19 +81,20 @@ def _dry(job: Comparison) -> None:
         console.print(f"\n{task.name}", style="bold", highlight=False)
         console.print(found.summary, highlight=False, markup=False)
         for name, plan in found.plans.items():
-            console.print(f"  {name}: {plan.parameters(run.router_cost):,} parameters", highlight=False, markup=False)
+            router = router_cost(run.config, next(m for m in run.config.methods if m.name == name))
+            console.print(f"  {name}: {plan.parameters(router):,} parameters", highlight=False, markup=False)
     total, left = len(job.board.cells), len(job.board.open())
     console.print(f"\n{total} cells, {total - left} of them settled.", highlight=False)
 
 
-def _show(results: dict[str, Any], path: Path) -> None:
+def _show(results: dict[str, Any], path: Path, page: Path) -> None:
     print_table(table_of(results))
     for failure in results["failures"]:
         text = "{task}: {method} seed {seed} failed: {error}".format(**failure)
         console.print(text, highlight=False, markup=False)
     for sentence in results["verdict"]:
         console.print(sentence, highlight=False, markup=False)
-    console.print(f"\nresults  {path}", highlight=False)
+    console.print(f"\npage     {page}\nresults  {path}", highlight=False)
 
 
 def table_of(results: dict[str, Any]) -> Table:

@@ -13,6 +13,7 @@ from guilomo.compare.queue import without_password
 from guilomo.compare.verdict import verdict
 from guilomo.evaluation import holm
 from guilomo.evaluation.ranks import above_share, friedman, ranks
+from guilomo.methods import METHODS
 from guilomo.report.units import lower_is_better
 from guilomo.run import Run, environment
 from guilomo.run.compare import KINDS, leading_metric, method_row, paired_test, row_hits, row_losses
@@ -106,13 +107,14 @@ def _above_chance(chance: float | None, rows: list[dict[str, Any]], generated: b
 
 
 def _method(board: Board, method: MethodConfig, found: Rows, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    known = METHODS[method.strategy]
     return {
         "name": method.name,
         "label": method.label,
-        "summary": getattr(method, "summary", ""),
-        "paper": getattr(method, "paper", ""),
-        "maturity": getattr(method, "maturity", "stable"),
-        "kind": KINDS.get(method.strategy, "control"),
+        "summary": known.summary,
+        "paper": known.paper,
+        "maturity": known.maturity,
+        "kind": KINDS.get(method.strategy, "method" if known.paper else "control"),
         "tasks": {t["name"]: _entry(board, method, t, found[t["name"]].get(method.name)) for t in tasks},
     }
 

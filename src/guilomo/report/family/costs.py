@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -151,10 +153,10 @@ def _name(axes: Axes, marks: Sequence[Mark], height: float) -> None:
         y = low + at / height * (high - low)
         dot = axes.transLimits.transform(axes.transScale.transform((mark.x, mark.y)))[0]
         axes.plot((dot, 1.0), (mark.y, mark.y), transform=across, color=LINE, linewidth=0.6, zorder=1)
-        line = {"color": LINE, "linewidth": 0.6, "clip_on": False, "zorder": 1}
+        line: dict[str, Any] = {"color": LINE, "linewidth": 0.6, "clip_on": False, "zorder": 1}
         axes.plot((1.0, 1.0 + _share(axes, 12)), (mark.y, y), transform=across, **line)
         colour = mark.colour if mark.filled else MUTED
-        style = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
+        style: dict[str, Any] = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
         axes.text(1.0 + _share(axes, 16), y, fitted(mark.method, _NAMES - 18, 11), transform=across, **style)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,7 +117,7 @@ def _draw_row(axes: Axes, y: float, row: Row) -> None:
     test = row.test
     if test is None:
         colour = WARN if row.excuse == "failed" else MUTED
-        style = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
+        style: dict[str, Any] = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
         axes.text(0.02, y, row.excuse, transform=axes.get_yaxis_transform(), **style)
         return
     if test.low is not None and test.high is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dataclasses import dataclass
 
 from guilomo.allocation.plan import Allocation
@@ -63,10 +65,10 @@ def _owned(compare: Comparison, method: Method) -> list[tuple[tuple[str, str], A
 
 def routed(compare: Comparison) -> list[Method]:
     """The methods with routers, as the page of a run knows them: one run per task, the first seed's."""
-    found = []
+    found: list[Method] = []
     for method in ordered_methods(compare):
         routers = [part(method, "tasks", task.name, "router") for task in tasks_of(compare)]
-        runs = [{"router": router} for router in routers if router]
+        runs: list[dict[str, Any]] = [{"router": router} for router in routers if router]
         if runs:
             found.append({"name": method.get("name"), "label": label_of(method), "runs": runs})
     return found
@@ -75,7 +77,7 @@ def routed(compare: Comparison) -> list[Method]:
 def loads_of(compare: Comparison) -> tuple[Task, list[Method]] | None:
     """The first task on which routers were recorded, and its methods with their load and their plan."""
     for task in tasks_of(compare):
-        found = []
+        found: list[Method] = []
         for method in ordered_methods(compare):
             entry = part(method, "tasks", task.name)
             if part(entry, "router").get("load"):
