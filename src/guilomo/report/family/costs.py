@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,12 +14,21 @@ from guilomo.errors import unknown
 from guilomo.report.canvas import PHONE, WIDE, canvas, panel, points, quiet, words
 from guilomo.report.family.against import COLOURS, against
 from guilomo.report.family.labels import cut, fitted, separated
-from guilomo.report.family.reading import Comparison, Result, Task, is_reference, ordered_methods, result_of, tasks_of
+from guilomo.report.family.reading import (
+    Comparison,
+    Result,
+    Task,
+    is_reference,
+    ordered_methods,
+    reference_label,
+    result_of,
+    tasks_of,
+)
 from guilomo.report.palette import INK, LINE, MUTED, PAPER, QUIET, house_style
 from guilomo.report.reading import Method
 from guilomo.report.units import compact, title_of
 
-_LEFT, _NAMES, _GAP, _TOP, _BOTTOM = 38, 150, 26, 42, 46
+_LEFT, _NAMES, _GAP, _TOP, _BOTTOM = 38, 150, 26, 46, 46
 _LINE, _LEAST = 14, 170
 #: A wider range than this is drawn on a logarithmic axis.
 _DECADE = 8.0
@@ -29,6 +39,7 @@ class Cost:
     """One of the quantities quality is drawn against."""
 
     title: str
+    relative: bool
     of: Callable[[Result], float | None]
     show: Callable[[float], str]
 
@@ -38,8 +49,8 @@ def _step(result: Result) -> float | None:
 
 
 COSTS = {
-    "parameters": Cost("Trainable parameters", lambda result: result.parameters, compact),
-    "step": Cost("Step time, multiple of the reference's", _step, lambda value: f"{value:.2f}×"),
+    "parameters": Cost("Trainable parameters", False, lambda result: result.parameters, compact),
+    "step": Cost("Step time", True, _step, lambda value: f"{value:.2f}×"),
 }
 
 
@@ -93,19 +104,29 @@ def plot_costs(compare: Comparison, what: str, width: float = WIDE) -> Figure:
     for band, entries in enumerate(bands):
         for place, (task, marks) in enumerate(entries):
             x, y = place * each, band * block
-            words(figure, x, y + 14, cut(task.name, int((each - _GAP) / 7.5)), 13, weight="bold")
-            way = "higher is better" if task.higher else "lower is better"
-            words(figure, x, y + 30, f"{title_of(task.metric)}, {way}", 11, color=MUTED)
+            _head(figure, task, x, y, each - _GAP)
             axes = panel(figure, x + _LEFT, y + _TOP, each - _GAP - _LEFT - _NAMES, height)
             _draw(axes, compare, task, marks, COSTS[what])
             _name(axes, marks, height)
     return figure
 
 
+def _head(figure: Figure, task: Task, x: float, y: float, room: float) -> None:
+    """The task, which way is better, and whether the verdict leaves it out."""
+    colour = INK if task.counted else QUIET
+    words(figure, x, y + 14, cut(task.name, int(room / 7.5)), 13, weight="bold", color=colour)
+    way = "higher is better" if task.higher else "lower is better"
+    note = "" if task.counted else "; left out: at chance"
+    words(figure, x, y + 30, f"{title_of(task.metric)}, {way}{note}", 11, color=MUTED)
+
+
 def _draw(axes: Axes, compare: Comparison, task: Task, marks: Sequence[Mark], cost: Cost) -> None:
     quiet(axes)
     axes.set_ylim(*_air([mark for m in marks for mark in (m.y, *(m.bounds or ()))], 0.06))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.unit.bare(value)))
+    axes.grid(visible=False)
+    label = cost.title + (f" as a multiple of {reference_label(compare)}'s" if cost.relative else "")
+    axes.set_xlabel(cut(label, 44), fontsize=points(11), labelpad=5)
     _scale(axes, [mark.x for mark in marks], cost)
     for mark in marks:
         if is_reference(compare, mark.method):
@@ -129,7 +150,6 @@ def _air(values: Sequence[float], share: float) -> tuple[float, float]:
 def _scale(axes: Axes, values: Sequence[float], cost: Cost) -> None:
     """A linear axis wide enough for its labels to differ; a logarithmic one for ranges over most of a decade."""
     low, high = min(values), max(values)
-    axes.set_xlabel(cost.title, fontsize=points(11), labelpad=5)
     if high > _DECADE * low:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
@@ -138,7 +158,7 @@ def _scale(axes: Axes, values: Sequence[float], cost: Cost) -> None:
     else:
         air = max(0.08 * (high - low), 0.05 * (low + high) / 2 - (high - low) / 2)
         axes.set_xlim(low - air, high + air)
-        axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if axes.get_window_extent().width > 200 else 3, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.show(value)))
 
 
@@ -151,10 +171,10 @@ def _name(axes: Axes, marks: Sequence[Mark], height: float) -> None:
         y = low + at / height * (high - low)
         dot = axes.transLimits.transform(axes.transScale.transform((mark.x, mark.y)))[0]
         axes.plot((dot, 1.0), (mark.y, mark.y), transform=across, color=LINE, linewidth=0.6, zorder=1)
-        line = {"color": LINE, "linewidth": 0.6, "clip_on": False, "zorder": 1}
+        line: dict[str, Any] = {"color": LINE, "linewidth": 0.6, "clip_on": False, "zorder": 1}
         axes.plot((1.0, 1.0 + _share(axes, 12)), (mark.y, y), transform=across, **line)
         colour = mark.colour if mark.filled else MUTED
-        style = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
+        style: dict[str, Any] = {"fontsize": points(11), "color": colour, "ha": "left", "va": "center_baseline"}
         axes.text(1.0 + _share(axes, 16), y, fitted(mark.method, _NAMES - 18, 11), transform=across, **style)
 
 

@@ -75,7 +75,7 @@ def _row(compare: Comparison, method: Method, tasks: Sequence[Task]) -> str:
         *(_cell(compare, method, task) for task in tasks),
         _bold(escaped(plain(method.get("mean_rank"))), _best_rank(compare, method)),
         escaped(span_text((result.parameters for result in results), count)),
-        escaped(span_text(steps, lambda ratio: f"{ratio:.2f}×")),
+        escaped(span_text(steps, plain, "×")),
     ]
     return " & ".join(cells) + r" \\"
 
