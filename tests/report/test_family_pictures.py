@@ -147,6 +147,10 @@ def test_costs_draw_the_reference_as_a_line_and_a_band() -> None:
     order = sorted(compare["methods"], key=lambda method: method["mean_rank"])
     expected = [(m["tasks"]["sst2"]["parameters"], m["tasks"]["sst2"]["mean"]) for m in order]
     assert [(x[0], y[0]) for x, y in dots] == expected
+    steps = [list(line.get_xdata()) for line in plot_costs(compare, "step").axes[0].lines if line.get_alpha()]
+    for method in order:
+        ratio = method["tasks"]["sst2"]["step_time_ratio"]
+        assert [ratio["low"], ratio["high"]] in steps
     with pytest.raises(GuilomoError, match="Did you mean 'step'"):
         plot_costs(compare, "steps")
 

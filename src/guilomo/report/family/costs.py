@@ -17,6 +17,7 @@ from guilomo.report.family.labels import cut, fitted, separated
 from guilomo.report.family.reading import (
     Comparison,
     Result,
+    Span,
     Task,
     is_reference,
     ordered_methods,
@@ -40,17 +41,17 @@ class Cost:
 
     title: str
     relative: bool
-    of: Callable[[Result], float | None]
+    of: Callable[[Result], Span | None]
     show: Callable[[float], str]
 
 
-def _step(result: Result) -> float | None:
-    return result.step.middle if result.step else None
+def _size(result: Result) -> Span | None:
+    return None if result.parameters is None else Span(result.parameters, None, None)
 
 
 COSTS = {
-    "parameters": Cost("Trainable parameters", False, lambda result: result.parameters, compact),
-    "step": Cost("Step time", True, _step, lambda value: f"{value:.2f}×"),
+    "parameters": Cost("Trainable parameters", False, _size, compact),
+    "step": Cost("Step time", True, lambda result: result.step, lambda value: f"{value:.2f}×"),
 }
 
 
@@ -60,6 +61,7 @@ class Mark:
 
     method: Method
     x: float
+    span: tuple[float, float] | None
     y: float
     bounds: tuple[float, float] | None
     colour: str
@@ -71,14 +73,14 @@ def marks_of(compare: Comparison, task: Task, what: str) -> list[Mark]:
     found = []
     for method in ordered_methods(compare):
         result = result_of(compare, method, task)
-        x = COSTS[what].of(result)
-        if x is None or x <= 0 or result.mean is None:
+        cost = COSTS[what].of(result)
+        if cost is None or cost.middle <= 0 or result.mean is None:
             continue
         test = against(compare, method, task)
         outcome = test.outcome if test else ""
         colour = INK if is_reference(compare, method) else COLOURS.get(outcome, QUIET)
         filled = is_reference(compare, method) or outcome in ("better", "worse")
-        found.append(Mark(method, x, result.mean, result.bounds, colour, filled))
+        found.append(Mark(method, cost.middle, cost.bounds, result.mean, result.bounds, colour, filled))
     return found
 
 
@@ -127,7 +129,7 @@ def _draw(axes: Axes, compare: Comparison, task: Task, marks: Sequence[Mark], co
     axes.grid(visible=False)
     label = cost.title + (f" as a multiple of {reference_label(compare)}'s" if cost.relative else "")
     axes.set_xlabel(cut(label, 44), fontsize=points(11), labelpad=5)
-    _scale(axes, [mark.x for mark in marks], cost)
+    _scale(axes, [x for mark in marks for x in (mark.x, *(mark.span or ()))], cost)
     for mark in marks:
         if is_reference(compare, mark.method):
             axes.axhline(mark.y, color=INK, linewidth=0.9)
@@ -136,6 +138,8 @@ def _draw(axes: Axes, compare: Comparison, task: Task, marks: Sequence[Mark], co
     for mark in marks:
         if mark.bounds:
             axes.plot((mark.x, mark.x), mark.bounds, color=mark.colour, linewidth=0.9, alpha=0.55)
+        if mark.span:
+            axes.plot(mark.span, (mark.y, mark.y), color=mark.colour, linewidth=0.9, alpha=0.55)
         face = mark.colour if mark.filled else PAPER
         axes.plot([mark.x], [mark.y], "o", markersize=5.4, mfc=face, mec=mark.colour, mew=1.2, zorder=3)
 

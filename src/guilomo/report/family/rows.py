@@ -167,6 +167,7 @@ def task_rows(compare: Comparison) -> list[Row]:
                 "budget": count(task.source.get("budget")),
                 "hash": task.source.get("hash") or "not recorded",
                 "note": task.note,
+                "counted": task.counted,
             }
         )
     return rows
