@@ -11,11 +11,11 @@ import pytest
 import synthetic_compare as synthetic
 
 from guilomo.report.family import rows
-from guilomo.report.family.against import against
+from guilomo.report.family.against import against, metrics_tested
 from guilomo.report.family.latex import escaped, methods_tex
 from guilomo.report.family.reading import result_of, tasks_of
 from guilomo.report.family.spreadsheets import cells_csv, methods_csv
-from guilomo.report.units import DASH, MINUS, THIN
+from guilomo.report.units import DASH, MINUS, THIN, p_value, plain
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -78,9 +78,9 @@ def test_methods_csv_has_every_number() -> None:
                 assert same(row[f"{task}:step_time_ratio_{name}"], value)
     for test in compare["tests"]:
         row = next(row for row in found if row["name"] == test["method"])
-        for name, key in (("difference", "difference"), ("low", "difference_low"), ("p_corrected", "p_corrected")):
-            assert same(row[f"{test['task']}:{key}"], test[name])
-    assert next(row for row in found if row["name"] == "lora")["sst2:difference"] == ""
+        for name in ("difference", "low", "high", "p", "p_corrected"):
+            assert same(row[f"{test['task']}:{test['metric']}:{name}"], test[name])
+    assert next(row for row in found if row["name"] == "lora")["sst2:accuracy:difference"] == ""
 
 
 def test_csv_quotes_what_would_break_a_line() -> None:
@@ -145,7 +145,8 @@ def test_tex_stars_follow_the_corrected_p() -> None:
     starred = {(row[0], place) for row in lines_of(compare) for place in (1, 2) if "^{*}" in row[place]}
     labels = {method["name"]: escaped(method["label"]) for method in compare["methods"]}
     places = {"sst2": 1, "mrpc": 2}
-    expected = {(labels[t["method"]], places[t["task"]]) for t in compare["tests"] if t["p_corrected"] < 0.05}
+    own = [test for test in compare["tests"] if test["metric"] == "accuracy"]
+    expected = {(labels[test["method"]], places[test["task"]]) for test in own if test["p_corrected"] < 0.05}
     assert starred == expected
     assert expected
 
@@ -166,7 +167,7 @@ def test_tex_escapes(text: str, expected: str) -> None:
 def test_table_cells_show_the_json_rounded() -> None:
     compare = small()
     task = tasks_of(compare)[0]
-    tests = {test["method"]: test for test in compare["tests"] if test["task"] == "sst2"}
+    tests = {(t["method"], t["metric"]): t for t in compare["tests"] if t["task"] == "sst2"}
     for method in compare["methods"]:
         entry, cell = method["tasks"]["sst2"], rows.cell_of(compare, method, task)
         assert cell["value"] == f"{100 * entry['mean']:.1f}{THIN}%"
@@ -176,7 +177,11 @@ def test_table_cells_show_the_json_rounded() -> None:
             assert cell["reference"]
             assert cell["difference"] == ""
             continue
-        test = tests[method["name"]]
+        (other,) = cell["further"]
+        loss = tests[method["name"], "loss"]
+        assert other["difference"].replace(MINUS, "-") == f"loss {loss['difference']:+.3f}"
+        assert other["outcome"] == ("even" if loss["p_corrected"] >= 0.05 else "better")
+        test = tests[method["name"], "accuracy"]
         assert cell["difference"].replace(MINUS, "-") == f"{100 * test['difference']:+.1f}{THIN}pp"
         decided = "better" if test["difference"] > 0 else "worse"
         assert cell["outcome"] == (decided if test["p_corrected"] < 0.05 else "even")
@@ -218,15 +223,41 @@ def test_tests_on_another_metric_say_so() -> None:
     compare = small()
     for test in compare["tests"]:
         test |= {"metric": "loss", "difference": -0.05, "p_corrected": 0.001}
+    compare["tests"] = compare["tests"][::2]
     cell = rows.cell_of(compare, compare["methods"][1], tasks_of(compare)[0])
     assert cell["difference"] == f"loss {MINUS}0.050"
     assert cell["outcome"] == "better"
 
 
+def test_a_metric_without_tests_is_stood_for_by_one_of_the_same_side() -> None:
+    compare = small()
+    for metric, higher, first in (
+        ("perplexity", False, "loss"),
+        ("matthews", True, "accuracy"),
+        ("loss", False, "loss"),
+    ):
+        compare["tasks"][0] |= {"metric": metric, "higher_is_better": higher}
+        assert metrics_tested(compare, tasks_of(compare)[0])[0] == first
+    compare["tests"] = []
+    assert metrics_tested(compare, tasks_of(compare)[0]) == ["loss"]
+
+
+def test_every_test_has_a_row() -> None:
+    compare = small()
+    found = rows.test_rows(compare)
+    keys = [(row["method"], row["task"], row["metric"].lower()) for row in found]
+    labels = {method["name"]: method["label"] for method in compare["methods"]}
+    assert sorted(keys) == sorted((labels[t["method"]], t["task"], t["metric"]) for t in compare["tests"])
+    for test in compare["tests"]:
+        row = found[keys.index((labels[test["method"]], test["task"], test["metric"]))]
+        assert (row["says"] == "not told apart") == (test["p_corrected"] >= 0.05)
+        assert row["corrected"] == p_value(test["p_corrected"])
+
+
 def test_spans_over_tasks() -> None:
-    assert rows.span_text([1.0, None, 1.0], rows.times) == "1.00×"
-    assert rows.span_text([1.31, 1.2, None], rows.times) == f"1.20×{DASH}1.31×"
-    assert rows.span_text([None], rows.times) == DASH
+    assert rows.span_text([1.0, None, 1.001], plain, "×") == "1.00×"
+    assert rows.span_text([1.31, 1.2, None], plain, "×") == f"1.20{DASH}1.31×"
+    assert rows.span_text([None], plain, "×") == DASH
 
 
 def test_numbers_that_are_none_or_nan() -> None:

@@ -31,7 +31,13 @@ def boxes(figure: Figure) -> list[tuple[str, Bbox]]:
     """Every text in a figure with the place it takes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    shown: list[Text] = list(figure.texts)
+    for axes in figure.axes:
+        shown += [*axes.texts, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    found = [text for text in shown if text.get_text().strip()]
     return [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in found]  # type: ignore[attr-defined]
 
 
@@ -65,7 +71,7 @@ def lines(axes: Axes, name: str) -> list[tuple[Any, Any]]:
 
 def test_rank_diagram_draws_the_groups_and_the_ruler() -> None:
     compare = synthetic.comparison(methods=6, tasks=3, seeds=2)
-    ranks = sorted(method["mean_rank"] for method in compare["methods"])
+    ranks = sorted(compare["friedman"]["mean_ranks"].values())
     critical = compare["friedman"]["critical_difference"]
     axes = plot_ranks(compare).axes[0]
     spans = [(round(y[0] - 0.3), round(y[1] - 0.7)) for _, y in lines(axes, "group")]
@@ -74,6 +80,14 @@ def test_rank_diagram_draws_the_groups_and_the_ruler() -> None:
     assert ruler[1] - ruler[0] == pytest.approx(critical)
     dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]  # type: ignore[index]
     assert dots == ranks
+
+
+def test_rank_diagram_falls_back_on_the_ranks_over_tasks() -> None:
+    compare = small()
+    del compare["friedman"]["mean_ranks"]
+    axes = plot_ranks(compare).axes[0]
+    dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]  # type: ignore[index]
+    assert dots == sorted(method["mean_rank"] for method in compare["methods"])
 
 
 def test_rank_diagram_without_a_critical_difference() -> None:
@@ -86,6 +100,7 @@ def test_rank_diagram_without_a_critical_difference() -> None:
     "draw",
     [
         plot_differences,
+        lambda compare, width: plot_differences(compare, "loss", width),
         plot_ranks,
         plot_sweeps,
         lambda compare, width: plot_costs(compare, "parameters", width),
@@ -113,8 +128,10 @@ def test_differences_mark_what_is_beyond_noise_and_excuse_the_rest() -> None:
     assert texts == ["failed"]
     filled = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
     decided = [line for line in filled if line.get_markerfacecolor() == line.get_markeredgecolor()]
-    assert len(filled) == len(compare["tests"])
-    assert len(decided) == sum(test["p_corrected"] < 0.05 for test in compare["tests"])
+    own = [test for test in compare["tests"] if test["metric"] == "accuracy"]
+    assert len(filled) == len(own)
+    assert len(decided) == sum(test["p_corrected"] < 0.05 for test in own)
+    assert 0 < len(decided) < len(own)
 
 
 def test_costs_draw_the_reference_as_a_line_and_a_band() -> None:
@@ -130,6 +147,10 @@ def test_costs_draw_the_reference_as_a_line_and_a_band() -> None:
     order = sorted(compare["methods"], key=lambda method: method["mean_rank"])
     expected = [(m["tasks"]["sst2"]["parameters"], m["tasks"]["sst2"]["mean"]) for m in order]
     assert [(x[0], y[0]) for x, y in dots] == expected
+    steps = [list(line.get_xdata()) for line in plot_costs(compare, "step").axes[0].lines if line.get_alpha()]
+    for method in order:
+        ratio = method["tasks"]["sst2"]["step_time_ratio"]
+        assert [ratio["low"], ratio["high"]] in steps
     with pytest.raises(GuilomoError, match="Did you mean 'step'"):
         plot_costs(compare, "steps")
 

@@ -47,15 +47,32 @@ class Against:
         return COLOURS.get(self.outcome, QUIET)
 
 
-def tested_metric(compare: Comparison, task: Task) -> str:
-    """The metric of a task's tests: its own, or the first that was tested in its place."""
-    found = [str(test.get("metric") or "") for test in compare.get("tests") or [] if test.get("task") == task.name]
-    return task.metric if task.metric in found or not found else found[0]
+def metrics_tested(compare: Comparison, task: Task) -> list[str]:
+    """The metrics of a task's tests, the one that stands for the task's own first.
+
+    That is its own if it was tested, else the first with the same better side: loss for perplexity, accuracy for a
+    correlation. Without any test it is its own.
+    """
+    tests = [test for test in compare.get("tests") or [] if test.get("task") == task.name]
+    found = list(dict.fromkeys(str(test.get("metric") or "") for test in tests)) or [task.metric]
+    return sorted(found, key=lambda metric: (metric != task.metric, higher_on(task, metric) != task.higher))
 
 
-def against(compare: Comparison, method: Method, task: Task) -> Against | None:
-    """The test of a method on a task; None if none was made."""
-    wanted = (task.name, method.get("name"), tested_metric(compare, task))
+def higher_on(task: Task, metric: str) -> bool:
+    """Whether a larger value of a metric is the better one on a task."""
+    return task.higher if metric == task.metric else not lower_is_better(metric)
+
+
+def against(compare: Comparison, method: Method, task: Task, metric: str | None = None) -> Against | None:
+    """The test of a method on a task; None if none was made.
+
+    Args:
+        compare: the parsed compare.json.
+        method: not the reference.
+        task: where.
+        metric: in what; default: the first of `metrics_tested`.
+    """
+    wanted = (task.name, method.get("name"), metric or metrics_tested(compare, task)[0])
     for test in compare.get("tests") or []:
         difference = number(test.get("difference"))
         if (test.get("task"), test.get("method"), test.get("metric")) == wanted and difference is not None:
@@ -65,7 +82,6 @@ def against(compare: Comparison, method: Method, task: Task) -> Against | None:
 
 def _against(compare: Comparison, task: Task, test: Mapping[str, Any], difference: float) -> Against:
     corrected, metric = number(test.get("p_corrected")), str(test.get("metric") or "")
-    higher = task.higher if metric == task.metric else not lower_is_better(metric)
     return Against(
         metric=metric,
         difference=difference,
@@ -73,7 +89,7 @@ def _against(compare: Comparison, task: Task, test: Mapping[str, Any], differenc
         high=number(test.get("high")),
         p=number(test.get("p")),
         corrected=corrected,
-        outcome=_outcome(difference, corrected, higher, alpha_of(compare)),
+        outcome=_outcome(difference, corrected, higher_on(task, metric), alpha_of(compare)),
         test=str(test.get("test") or ""),
     )
 

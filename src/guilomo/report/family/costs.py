@@ -6,6 +6,7 @@ from typing import Any
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,12 +16,22 @@ from guilomo.errors import unknown
 from guilomo.report.canvas import PHONE, WIDE, canvas, panel, points, quiet, words
 from guilomo.report.family.against import COLOURS, against
 from guilomo.report.family.labels import cut, fitted, separated
-from guilomo.report.family.reading import Comparison, Result, Task, is_reference, ordered_methods, result_of, tasks_of
+from guilomo.report.family.reading import (
+    Comparison,
+    Result,
+    Span,
+    Task,
+    is_reference,
+    ordered_methods,
+    reference_label,
+    result_of,
+    tasks_of,
+)
 from guilomo.report.palette import INK, LINE, MUTED, PAPER, QUIET, house_style
 from guilomo.report.reading import Method
 from guilomo.report.units import compact, title_of
 
-_LEFT, _NAMES, _GAP, _TOP, _BOTTOM = 38, 150, 26, 42, 46
+_LEFT, _NAMES, _GAP, _TOP, _BOTTOM = 38, 150, 26, 46, 46
 _LINE, _LEAST = 14, 170
 #: A wider range than this is drawn on a logarithmic axis.
 _DECADE = 8.0
@@ -31,17 +42,18 @@ class Cost:
     """One of the quantities quality is drawn against."""
 
     title: str
-    of: Callable[[Result], float | None]
+    relative: bool
+    of: Callable[[Result], Span | None]
     show: Callable[[float], str]
 
 
-def _step(result: Result) -> float | None:
-    return result.step.middle if result.step else None
+def _size(result: Result) -> Span | None:
+    return None if result.parameters is None else Span(result.parameters, None, None)
 
 
 COSTS = {
-    "parameters": Cost("Trainable parameters", lambda result: result.parameters, compact),
-    "step": Cost("Step time, multiple of the reference's", _step, lambda value: f"{value:.2f}×"),
+    "parameters": Cost("Trainable parameters", False, _size, compact),
+    "step": Cost("Step time", True, lambda result: result.step, lambda value: f"{value:.2f}×"),
 }
 
 
@@ -51,6 +63,7 @@ class Mark:
 
     method: Method
     x: float
+    span: tuple[float, float] | None
     y: float
     bounds: tuple[float, float] | None
     colour: str
@@ -62,14 +75,14 @@ def marks_of(compare: Comparison, task: Task, what: str) -> list[Mark]:
     found = []
     for method in ordered_methods(compare):
         result = result_of(compare, method, task)
-        x = COSTS[what].of(result)
-        if x is None or x <= 0 or result.mean is None:
+        cost = COSTS[what].of(result)
+        if cost is None or cost.middle <= 0 or result.mean is None:
             continue
         test = against(compare, method, task)
         outcome = test.outcome if test else ""
         colour = INK if is_reference(compare, method) else COLOURS.get(outcome, QUIET)
         filled = is_reference(compare, method) or outcome in ("better", "worse")
-        found.append(Mark(method, x, result.mean, result.bounds, colour, filled))
+        found.append(Mark(method, cost.middle, cost.bounds, result.mean, result.bounds, colour, filled))
     return found
 
 
@@ -95,20 +108,30 @@ def plot_costs(compare: Comparison, what: str, width: float = WIDE) -> Figure:
     for band, entries in enumerate(bands):
         for place, (task, marks) in enumerate(entries):
             x, y = place * each, band * block
-            words(figure, x, y + 14, cut(task.name, int((each - _GAP) / 7.5)), 13, weight="bold")
-            way = "higher is better" if task.higher else "lower is better"
-            words(figure, x, y + 30, f"{title_of(task.metric)}, {way}", 11, color=MUTED)
+            _head(figure, task, x, y, each - _GAP)
             axes = panel(figure, x + _LEFT, y + _TOP, each - _GAP - _LEFT - _NAMES, height)
             _draw(axes, compare, task, marks, COSTS[what])
             _name(axes, marks, height)
     return figure
 
 
+def _head(figure: Figure, task: Task, x: float, y: float, room: float) -> None:
+    """The task, which way is better, and whether the verdict leaves it out."""
+    colour = INK if task.counted else QUIET
+    words(figure, x, y + 14, cut(task.name, int(room / 7.5)), 13, weight="bold", color=colour)
+    way = "higher is better" if task.higher else "lower is better"
+    note = "" if task.counted else "; left out: at chance"
+    words(figure, x, y + 30, f"{title_of(task.metric)}, {way}{note}", 11, color=MUTED)
+
+
 def _draw(axes: Axes, compare: Comparison, task: Task, marks: Sequence[Mark], cost: Cost) -> None:
     quiet(axes)
     axes.set_ylim(*_air([mark for m in marks for mark in (m.y, *(m.bounds or ()))], 0.06))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.unit.bare(value)))
-    _scale(axes, [mark.x for mark in marks], cost)
+    axes.grid(visible=False)
+    label = cost.title + (f" as a multiple of {reference_label(compare)}'s" if cost.relative else "")
+    axes.set_xlabel(cut(label, 44), fontsize=points(11), labelpad=5)
+    _scale(axes, [x for mark in marks for x in (mark.x, *(mark.span or ()))], cost)
     for mark in marks:
         if is_reference(compare, mark.method):
             axes.axhline(mark.y, color=INK, linewidth=0.9)
@@ -117,6 +140,8 @@ def _draw(axes: Axes, compare: Comparison, task: Task, marks: Sequence[Mark], co
     for mark in marks:
         if mark.bounds:
             axes.plot((mark.x, mark.x), mark.bounds, color=mark.colour, linewidth=0.9, alpha=0.55)
+        if mark.span:
+            axes.plot(mark.span, (mark.y, mark.y), color=mark.colour, linewidth=0.9, alpha=0.55)
         face = mark.colour if mark.filled else PAPER
         axes.plot([mark.x], [mark.y], "o", markersize=5.4, mfc=face, mec=mark.colour, mew=1.2, zorder=3)
 
@@ -131,7 +156,6 @@ def _air(values: Sequence[float], share: float) -> tuple[float, float]:
 def _scale(axes: Axes, values: Sequence[float], cost: Cost) -> None:
     """A linear axis wide enough for its labels to differ; a logarithmic one for ranges over most of a decade."""
     low, high = min(values), max(values)
-    axes.set_xlabel(cost.title, fontsize=points(11), labelpad=5)
     if high > _DECADE * low:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.3, high * 1.3)
@@ -140,7 +164,7 @@ def _scale(axes: Axes, values: Sequence[float], cost: Cost) -> None:
     else:
         air = max(0.08 * (high - low), 0.05 * (low + high) / 2 - (high - low) / 2)
         axes.set_xlim(low - air, high + air)
-        axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if axes.get_window_extent().width > 200 else 3, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.show(value)))
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from guilomo.report.canvas import PHONE, WIDE, canvas, panel, points, words
-from guilomo.report.family.against import Against, against, tested_metric
+from guilomo.report.family.against import Against, against, higher_on, metrics_tested
 from guilomo.report.family.labels import cut, fitted
 from guilomo.report.family.reading import (
     Comparison,
@@ -25,9 +26,9 @@ from guilomo.report.family.reading import (
 )
 from guilomo.report.palette import INK, LINE, MUTED, PAPER, QUIET, WARN, house_style
 from guilomo.report.reading import Method
-from guilomo.report.units import lower_is_better, title_of, unit_of
+from guilomo.report.units import title_of, unit_of
 
-_ROW, _TOP, _BOTTOM, _GAP, _ACROSS = 22, 40, 34, 22, 4
+_ROW, _TOP, _BOTTOM, _GAP, _ACROSS = 22, 40, 34, 28, 4
 _LABELS, _PHONE_LABELS = 190, 128
 
 
@@ -41,34 +42,43 @@ class Row:
 
 
 @house_style
-def plot_differences(compare: Comparison, width: float = WIDE) -> Figure:
+def plot_differences(compare: Comparison, metric: str | None = None, width: float = WIDE) -> Figure:
     """A dot and an interval per method and task, method minus reference: left or right of zero.
 
     Args:
         compare: the parsed compare.json.
+        metric: in what, on the tasks where it was tested. Default: for every task what stands for its own metric.
         width: width of the figure in pixels; narrow pictures stack the tasks.
     """
-    tasks = tasks_of(compare)
+    tasks = panels_of(compare, metric)
     methods = [method for method in ordered_methods(compare) if not is_reference(compare, method)]
     across = 1 if width < PHONE else min(max(len(tasks), 1), _ACROSS)
     bands = [tasks[i : i + across] for i in range(0, len(tasks), across)]
     left = _PHONE_LABELS if width < PHONE else _LABELS
     block = _TOP + len(methods) * _ROW + _BOTTOM
     figure = canvas(width, max(block * len(bands), 1))
-    each = (width - left + _GAP) / across
+    each = (width - left + _GAP / 2) / across
     for band, entries in enumerate(bands):
         top = band * block
         _write_names(figure, methods, top + _TOP, left)
-        for place, task in enumerate(entries):
+        for place, (task, own) in enumerate(entries):
             x = left + place * each
-            _head(figure, compare, task, x, top, each - _GAP)
+            _head(figure, task, own, x, top, each - _GAP)
             axes = panel(figure, x, top + _TOP, each - _GAP, len(methods) * _ROW)
-            _draw(axes, tested_metric(compare, task), [_row(compare, method, task) for method in methods])
+            _draw(axes, own, [_row(compare, method, task, own) for method in methods], min(int((each - _GAP) / 44), 6))
     return figure
 
 
-def _row(compare: Comparison, method: Method, task: Task) -> Row:
-    test = against(compare, method, task)
+def panels_of(compare: Comparison, metric: str | None) -> list[tuple[Task, str]]:
+    """The tasks with the metric of their panel: the given one where it was tested, or the first of every task."""
+    tested = [(task, metrics_tested(compare, task)) for task in tasks_of(compare)]
+    if metric is None:
+        return [(task, metrics[0]) for task, metrics in tested]
+    return [(task, metric) for task, metrics in tested if metric in metrics]
+
+
+def _row(compare: Comparison, method: Method, task: Task, metric: str) -> Row:
+    test = against(compare, method, task, metric)
     return Row(method, test, "" if test else excuse(result_of(compare, method, task)))
 
 
@@ -84,25 +94,23 @@ def _write_names(figure: Figure, methods: Sequence[Method], top: float, room: fl
         words(figure, 0, top + (row + 0.5) * _ROW + 4, fitted(method, room - 10, 12), 12)
 
 
-def _head(figure: Figure, compare: Comparison, task: Task, x: float, top: float, room: float) -> None:
+def _head(figure: Figure, task: Task, metric: str, x: float, top: float, room: float) -> None:
     """The task, and which way is better."""
-    metric = tested_metric(compare, task)
-    lower = not task.higher if metric == task.metric else lower_is_better(metric)
-    way = "left is better" if lower else "right is better"
+    way = "right is better" if higher_on(task, metric) else "left is better"
     colour = INK if task.counted else QUIET
     words(figure, x, top + 14, cut(task.name, int(room / 7.5)), 13, weight="bold", color=colour)
     note = way if task.counted else "left out: at chance"
     words(figure, x, top + 30, f"{title_of(metric)}, {note}", 11, color=MUTED)
 
 
-def _draw(axes: Axes, metric: str, rows: Sequence[Row]) -> None:
+def _draw(axes: Axes, metric: str, rows: Sequence[Row], ticks: int) -> None:
     unit = unit_of(metric)
     axes.set_xlim(*_limits([row.test for row in rows if row.test]))
     axes.set_ylim(max(len(rows), 1), 0)
     axes.set_yticks([])
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(max(ticks, 1), steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit.bare(value)))
     axes.tick_params(length=0, labelsize=points(11), labelcolor=MUTED)
     axes.grid(axis="x", color=LINE, linewidth=0.6)

@@ -75,12 +75,14 @@ def rank_facts(compare: Comparison) -> dict[str, Any]:
     friedman = part(compare, "friedman")
     p, entries, critical = number(friedman.get("p")), ranked(compare), critical_of(compare)
     groups = groups_of([rank for _, rank in entries], critical) if critical is not None else []
-    unranked = [label_of(method) for method in ordered_methods(compare) if number(method.get("mean_rank")) is None]
+    names = {method.get("name") for method, _ in entries}
+    unranked = [label_of(method) for method in ordered_methods(compare) if method.get("name") not in names]
     return {
         "made": critical is not None,
         "p": p_value(p),
         "differ": p is not None and p < alpha_of(compare),
         "known": p is not None,
+        "own": bool(part(friedman, "mean_ranks")),
         "alpha": share(alpha_of(compare)),
         "critical": plain(critical),
         "blocks": count(friedman.get("n_blocks")),

@@ -75,7 +75,7 @@ def _row(compare: Comparison, method: Method, tasks: Sequence[Task]) -> str:
         *(_cell(compare, method, task) for task in tasks),
         _bold(escaped(plain(method.get("mean_rank"))), _best_rank(compare, method)),
         escaped(span_text((result.parameters for result in results), count)),
-        escaped(span_text(steps, lambda ratio: f"{ratio:.2f}×")),
+        escaped(span_text(steps, plain, "×")),
     ]
     return " & ".join(cells) + r" \\"
 
@@ -117,7 +117,7 @@ def _notes(compare: Comparison) -> list[str]:
     """What the marks mean, as comments to take into the caption."""
     name = escaped(reference_label(compare))
     return [
-        f"% Brackets: intervals over seeds. Step time: multiple of that of {name}.",
+        f"% Brackets: the interval of the mean. Step time: multiple of that of {name}.",
         f"% *: differs from {name} beyond noise, p-values corrected for all tests. Bold: best of its column.",
         "% $\\dagger$: not done with all seeds; not in the competition for bold.",
     ]

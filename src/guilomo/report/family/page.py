@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from guilomo.files import replacing
 from guilomo.report.family import facts, rows
 from guilomo.report.family.latex import methods_tex
-from guilomo.report.family.pictures import pictures_of, router_pictures
+from guilomo.report.family.pictures import further_differences, pictures_of, router_pictures
 from guilomo.report.family.plans import loads_of, plans_of
 from guilomo.report.family.reading import (
     Comparison,
@@ -85,6 +85,8 @@ def _context(compare: Comparison) -> dict[str, Any]:
         "reference": reference_label(compare),
         "alpha": share(alpha_of(compare)),
         "pictures": pictures_of(compare),
+        "further": further_differences(compare),
+        "tests": rows.test_rows(compare),
         "facts": facts.facts_of(compare),
         "partial": compare.get("status") == "partial",
         "undone": facts.undone(compare),
@@ -109,4 +111,5 @@ def _context(compare: Comparison) -> dict[str, Any]:
 def _heading(task: Task) -> dict[str, Any]:
     """A task as the head of a column."""
     way = "higher is better" if task.higher else "lower is better"
-    return {"name": task.name, "metric": title_of(task.metric), "way": way, "counted": task.counted}
+    metric = f"{title_of(task.metric)}, {way}" if task.metric else ""
+    return {"name": task.name, "metric": metric, "counted": task.counted}

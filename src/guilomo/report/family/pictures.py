@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from guilomo.report.family.against import metrics_tested
 from guilomo.report.family.costs import COSTS, marks_of, plot_costs
 from guilomo.report.family.differences import plot_differences
 from guilomo.report.family.plans import loads_of, plans_of
@@ -14,6 +15,7 @@ from guilomo.report.heatmap import plot_small_allocations
 from guilomo.report.pictures import Picture, picture
 from guilomo.report.reading import Method, label_of
 from guilomo.report.router import plot_router_load
+from guilomo.report.units import title_of
 
 
 def pictures_of(compare: Comparison) -> dict[str, Picture]:
@@ -25,7 +27,22 @@ def _differences(compare: Comparison) -> dict[str, Picture]:
     if not compare.get("tests") or not tasks_of(compare):
         return {}
     text = f"Difference of every method to {reference_label(compare)} with its interval, one panel per task."
-    return {"differences": picture("differences", text, lambda width: plot_differences(compare, width))}
+    return {"differences": picture("differences", text, lambda width: plot_differences(compare, None, width))}
+
+
+def further_differences(compare: Comparison) -> list[tuple[str, Picture]]:
+    """The differences in what else was tested: the metrics that stand for no task's own."""
+    metrics = [metrics_tested(compare, task) for task in tasks_of(compare)]
+    first = {found[0] for found in metrics}
+    found = []
+    for place, metric in enumerate(dict.fromkeys(m for ms in metrics for m in ms if m not in first)):
+        text = f"Difference of every method to {reference_label(compare)} in {title_of(metric).lower()}."
+
+        def draw(width: float, metric: str = metric) -> Figure:
+            return plot_differences(compare, metric, width)
+
+        found.append((title_of(metric), picture(f"further-{place}", text, draw)))
+    return found
 
 
 def _costs(compare: Comparison) -> dict[str, Picture]:

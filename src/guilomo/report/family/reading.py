@@ -50,6 +50,11 @@ class Span:
     low: float | None
     high: float | None
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The interval, if both ends are known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Result:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from guilomo.report.facts import plural
-from guilomo.report.family.against import Against, against
+from guilomo.report.family.against import Against, against, metrics_tested
 from guilomo.report.family.plans import routed
 from guilomo.report.family.reading import (
     Comparison,
@@ -19,9 +19,10 @@ from guilomo.report.family.reading import (
 )
 from guilomo.report.reading import Method, label_of
 from guilomo.report.router import health_of
-from guilomo.report.units import DASH, count, p_value, plain, share, title_of
+from guilomo.report.units import DASH, Unit, count, p_value, plain, share, title_of
 
 Row = dict[str, Any]
+SAYINGS = {"better": "better", "worse": "worse", "even": "not told apart"}
 
 
 def method_rows(compare: Comparison) -> list[Row]:
@@ -36,39 +37,41 @@ def _method_row(compare: Comparison, method: Method) -> Row:
         "summary": method.get("summary") or "",
         "paper": method.get("paper") or "",
         "maturity": method.get("maturity") or "",
-        "kind": method.get("kind") or "",
+        "kind": "" if method.get("kind") == "method" else method.get("kind") or "",
         "reference": is_reference(compare, method),
         "cells": [cell_of(compare, method, task) for task in tasks_of(compare)],
         "rank": plain(method.get("mean_rank")),
         "parameters": span_text((result.parameters for result in results), count),
         "active": span_text((result.active for result in results), count),
-        "step": span_text((result.step.middle if result.step else None for result in results), times),
-        "memory": span_text((result.memory for result in results), times),
+        "step": span_text((result.step.middle if result.step else None for result in results), plain, "×"),
+        "memory": span_text((result.memory for result in results), plain, "×"),
     }
 
 
 def cell_of(compare: Comparison, method: Method, task: Task) -> Row:
     """One method on one task: mean, interval, difference to the reference, and what is not done."""
     result, test = result_of(compare, method, task), against(compare, method, task)
-    bounds = result.bounds
     return {
         "task": task.name,
         "counted": task.counted,
         "value": task.unit.show(result.mean),
-        "interval": f"[{task.unit.bare(bounds[0])}, {task.unit.bare(bounds[1])}]" if bounds else "",
-        "difference": _difference(test, task),
+        "interval": interval_text(result.low, result.high, task.unit),
+        "difference": _difference(test, task) if test else "",
         "p": f"p {p_value(test.corrected)}" if test and test.corrected is not None else "",
         "outcome": test.outcome if test else "",
+        "further": [
+            {"difference": _difference(other, task), "outcome": other.outcome}
+            for metric in metrics_tested(compare, task)[1:]
+            if (other := against(compare, method, task, metric))
+        ],
         "alarm": _share_of(result.failed, result, "failed"),
         "missing": _share_of(result.missing, result, "missing"),
         "reference": is_reference(compare, method) and result.mean is not None,
     }
 
 
-def _difference(test: Against | None, task: Task) -> str:
+def _difference(test: Against, task: Task) -> str:
     """The difference, with its metric where that is not the task's own."""
-    if test is None:
-        return ""
     name = "" if test.metric == task.metric else title_of(test.metric).lower() + " "
     return name + test.unit.difference(test.difference)
 
@@ -81,18 +84,13 @@ def _share_of(amount: int, result: Result, word: str) -> str:
     return word if amount == whole else f"{amount} of {plural(whole, 'seed')} {word}"
 
 
-def span_text(values: Iterable[float | None], show: Callable[[float], str]) -> str:
-    """The value of all tasks, or the smallest and the largest where they differ."""
+def span_text(values: Iterable[float | None], show: Callable[[float], str], unit: str = "") -> str:
+    """The value of all tasks, or the smallest and the largest where they differ: `1.31–1.44×`."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return DASH
     ends = dict.fromkeys([show(known[0]), show(known[-1])])
-    return DASH.join(ends)
-
-
-def times(ratio: float) -> str:
-    """A ratio: `1.31×`."""
-    return f"{ratio:.2f}×"
+    return DASH.join(ends) + unit
 
 
 def router_rows(compare: Comparison) -> list[Row]:
@@ -110,6 +108,33 @@ def router_rows(compare: Comparison) -> list[Row]:
         for method, health in found
         if health
     ]
+
+
+def test_rows(compare: Comparison) -> list[Row]:
+    """One row per test, in the order of the tasks and of the methods."""
+    return [
+        {
+            "task": task.name,
+            "method": label_of(method),
+            "metric": title_of(test.metric),
+            "difference": test.unit.difference(test.difference),
+            "interval": interval_text(test.low, test.high, test.unit),
+            "p": p_value(test.p),
+            "corrected": p_value(test.corrected),
+            "says": SAYINGS.get(test.outcome, DASH),
+            "outcome": test.outcome,
+            "test": test.test,
+        }
+        for task in tasks_of(compare)
+        for metric in metrics_tested(compare, task)
+        for method in ordered_methods(compare)
+        if (test := against(compare, method, task, metric))
+    ]
+
+
+def interval_text(low: float | None, high: float | None, unit: Unit) -> str:
+    """`[80.1, 83.4]`, or nothing if an end is unknown."""
+    return "" if low is None or high is None else f"[{unit.bare(low)}, {unit.bare(high)}]"
 
 
 def failure_rows(compare: Comparison) -> list[Row]:
@@ -141,6 +166,8 @@ def task_rows(compare: Comparison) -> list[Row]:
                 "chance": DASH if chance is None else task.unit.show(chance),
                 "budget": count(task.source.get("budget")),
                 "hash": task.source.get("hash") or "not recorded",
+                "note": task.note,
+                "counted": task.counted,
             }
         )
     return rows

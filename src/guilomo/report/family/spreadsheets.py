@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from guilomo.report.family.against import against
+from guilomo.report.family.against import Against, against, metrics_tested
 from guilomo.report.family.reading import Comparison, Task, result_of, tasks_of
 from guilomo.report.reading import Method, label_of, methods_of, part
 
@@ -58,22 +58,32 @@ def _method(compare: Comparison, method: Method) -> dict[str, Any]:
 
 def _on_task(compare: Comparison, method: Method, task: Task) -> dict[str, Any]:
     """What is known of a method on a task, in the words of compare.json."""
-    entry, test = part(method, "tasks", task.name), against(compare, method, task)
+    entry = part(method, "tasks", task.name)
     result = result_of(compare, method, task)
     step = part(entry, "step_time_ratio")
     plain = ("mean", "low", "high", "rank", "learning_rate", "parameters", "active_parameters", "peak_bytes_ratio")
     return {
         **{name: entry.get(name) for name in plain},
         **{f"step_time_ratio_{name}": step.get(name) for name in ("median", "low", "high")},
-        "difference_metric": test.metric if test else None,
-        "difference": test.difference if test else None,
-        "difference_low": test.low if test else None,
-        "difference_high": test.high if test else None,
-        "p": test.p if test else None,
-        "p_corrected": test.corrected if test else None,
+        **{
+            f"{metric}:{name}": value
+            for metric in metrics_tested(compare, task)
+            for name, value in _test(against(compare, method, task, metric)).items()
+        },
         "done": result.done,
         "failed": result.failed,
         "missing": result.missing,
+    }
+
+
+def _test(test: Against | None) -> dict[str, Any]:
+    """What a test against the reference found."""
+    return {
+        "difference": test and test.difference,
+        "low": test and test.low,
+        "high": test and test.high,
+        "p": test and test.p,
+        "p_corrected": test and test.corrected,
     }
 
 
