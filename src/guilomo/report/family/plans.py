@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dataclasses import dataclass
+from typing import Any
 
 from guilomo.allocation.plan import Allocation
 from guilomo.report.family.labels import cut
