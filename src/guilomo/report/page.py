@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from guilomo.files import replacing
 from guilomo.report import rows
 from guilomo.report.facts import facts_of, made_of, metric_facts, search_facts, size_facts
@@ -16,6 +14,7 @@ from guilomo.report.heatmap import DETAILED_ROWS
 from guilomo.report.palette import DARK, LIGHT
 from guilomo.report.pictures import pictures_of
 from guilomo.report.reading import Results, allocation_of, check_schema, label_of, lead_of, methods_of, part
+from guilomo.report.templates import filled
 from guilomo.report.units import duration
 
 
@@ -29,14 +28,7 @@ def render(results: Results) -> str:
         GuilomoError: the results have a schema this version does not know, or an unusable allocation.
     """
     check_schema(results)
-    environment = Environment(
-        loader=PackageLoader("guilomo.report", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(_context(results))
+    return filled("page.html.j2", _context(results))
 
 
 def write_report(results: Results, path: str | Path) -> Path:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from guilomo.files import replacing
 from guilomo.report.family import facts, rows
 from guilomo.report.family.latex import methods_tex
@@ -24,6 +22,7 @@ from guilomo.report.family.reading import (
 from guilomo.report.family.spreadsheets import cells_csv, methods_csv
 from guilomo.report.family.sweeps import edges_of
 from guilomo.report.palette import DARK, LIGHT
+from guilomo.report.templates import filled
 from guilomo.report.units import share, title_of
 
 
@@ -37,14 +36,7 @@ def render_comparison(compare: Comparison) -> str:
         GuilomoError: the file has a schema this version does not know, or an unusable allocation.
     """
     check_comparison(compare)
-    environment = Environment(
-        loader=PackageLoader("guilomo.report", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html.j2").render(_context(compare))
+    return filled("compare.html.j2", _context(compare))
 
 
 def write_comparison(compare: Comparison, folder: str | Path) -> Path:
