@@ -40,12 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print("\n".join(cell.name for cell in cells))
             return 0
-        record = _run(options, cells, shlex.join(["python", "-m", "benchmarks.speed", *given]))
+        record = _run(options, cells, _typed(given))
     except GuilomoError as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(record.to_dict()) if options.json else printed(record.to_dict()))
     return 1 if any("error" in cell and "absent" not in cell for cell in record.cells) else 0
+
+
+def _typed(given: Sequence[str]) -> str:
+    """The command for the result file, in which paths of this machine are cut to the names of their files."""
+    return shlex.join(
+        ["python", "-m", "benchmarks.speed", *(Path(g).name if Path(g).is_absolute() else g for g in given)]
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,10 +8,9 @@ frozen linear is that much faster, and the narrow products of any adapter, which
 weigh more: plain LoRA itself misses 4, 5 and 12. The machine is a shared one, and its other load cannot be seen from
 inside: equal code (`ours` and `ours:joined` in a step; the paths of 7) differs by a tenth and more in places.
 
-- **2.** In float32 a step costs nine tenths of plain LoRA's, and no interval of the joined and fused paths reaches 1.
-  In half precision `ours` reads 1.07 and the very same code under the name `ours:joined` 0.96, so it costs what plain
-  LoRA costs; that it costs less is not shown. Beside the layer alone, a step gains where q, k, v and gate, up share
-  one reading of x and the large products add up the parts of its gradient.
+- **2.** In float32 a step costs nine tenths of plain LoRA's; the intervals of the joined and the fused path stay below
+  1, that of `ours`, which is the joined one, does not. In half precision `ours` reads 1.07 and the very same code
+  under the name `ours:joined` 0.96, so it costs what plain LoRA costs; that it costs less is not shown.
 - **3.** Half a percent: the routing weights, one number per token and expert, must be kept for the backward, and
   plain LoRA has none. With the balance loss the probabilities are kept too.
 - **4, 5.** What brought the layer here from the plain operations: nothing as large as the input or the output is made
@@ -19,8 +18,9 @@ inside: equal code (`ours` and `ours:joined` in a step; the paths of 7) differs 
   and backward; the router's rows ride in the products of A where the dtype allows; the rounding error of
   half-precision logits comes from a second product instead of a float32 copy of the input; the two best experts are
   found by two maxima instead of a sort; softmax runs along tokens. In a smaller layer (d 1024, half precision) the
-  router's second product and some fifteen small operations over tokens and experts show. `[W|B]` as one matrix would
-  bring what adding onto the narrow product brings, and double the frozen weights, so it was not built.
+  router's second product and some fifteen small operations over tokens and experts show. `[W|B]` as one matrix
+  was no faster than adding onto the narrow product in a probe of which no result file is kept, and doubles the frozen
+  weights, so it was not built.
 - **7.** `ours` runs one of the two paths that it is compared with, so a difference whose interval reaches below 1, as
   that of the worst cell, is noise. One cell is not: d 512, 256 tokens, 512 rank rows in float32, 1.16. The rule is
   cautious with so few tokens.
@@ -42,7 +42,7 @@ inside: equal code (`ours` and `ours:joined` in a step; the paths of 7) differs 
 Two kinds of time are here. Called from Python one operation after the other, a layer on this fast card waits for the
 host: the frozen linear of 8192 tokens takes 0.35 ms, and a mixture's calls take longer than that on the virtual
 machine it was measured on. Replayed as a CUDA graph, only the kernels count ("kernels alone"); that is what 16 is
-about, and what a larger model or batch, a faster host, graphs or `torch.compile` come to.
+about. Compiled models and larger ones were not timed there.
 
 - **16.** Kernels alone, a mixture of 8 experts costs less than plain LoRA of the same rank does through PEFT. The
   targets were predicted from the card's full bandwidth; narrow products reach about 70 % of it here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import count as counting
 from pathlib import Path
@@ -351,3 +352,11 @@ def test_absent_data_are_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert cell["absent"]
     assert "GUILOMO_DATA" in cell["error"]
     assert "models/stories260K" in cell["error"]
+
+
+def test_no_path_of_a_machine_is_in_the_results(tmp_path: Path) -> None:
+    found = tmp_path / "here.json"
+    assert runner.main(["--only", "wrap", "--output", str(found)]) == 0
+    assert json.loads(found.read_text())["command"] == "python -m benchmarks.speed --only wrap --output here.json"
+    for path in speed_page.FOLDER.rglob("*.json"):
+        assert not {"/tmp/", "/root/", "/home/"} & set(re.findall(r"/\w+/", path.read_text())), path.name

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guilomo.layers import ExpertLayout
-from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, expand, expand_frozen, precise_product, shrink
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.fused import Member, expand, expand_frozen, shrink
 from guilomo.layers.naive import naive_delta, naive_topk_weights
+from guilomo.layers.products import MANY_TOKENS, precise_product
 from guilomo.layers.routers import TopKRouter
 from guilomo.layers.routing import Tokens
 from mixture_cases import CASES

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from adapter_tools import attach, gradients
 from guilomo.layers import ExpertLayout
-from guilomo.layers.fused import Frozen, Member, shrink
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.fused import Member, shrink
 from guilomo.layers.naive import naive_delta, naive_topk_weights
 from guilomo.layers.paths import using
 from guilomo.layers.routed import expand_routed, kernels_serve, route_in_kernel

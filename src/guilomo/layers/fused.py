@@ -24,46 +24,29 @@ rows are ours. The twin that the tests compare with is `guilomo.layers.naive`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.gate import gate_gradients, gate_of, gate_of_kept
+from guilomo.layers.products import (
+    FEW_TOKENS,
+    MANY_TOKENS,
+    as_dtype,
+    computation_dtype,
+    few_half_precision,
+    flat_rows,
+    gives_float32,
+    narrow_product,
+    precise_product,
+    stacked_rows,
+    unrounded_products,
+)
 from guilomo.layers.routing import Routing, accumulation_dtype, without_autocast
-
-MANY_TOKENS = 64
-"""From here on copying the router's rows under A costs less than reading x a second time."""
-FEW_TOKENS = 16
-"""Up to here a float32 product is the faster one on CPUs, the weights' conversion included."""
-
-
-@dataclass
-class Frozen:
-    """A frozen linear whose product the nodes make themselves.
-
-    Attributes:
-        weight: ``(O, I)``; bias: ``(O,)`` or None; in the dtype of x and of the low-rank products.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    _handed: tuple[int, Tensor] | None = field(default=None, repr=False)
-
-    def product(self, x: Tensor, onto: Tensor) -> Tensor:
-        """``x W^T + onto``, which is overwritten: ``(T, O)``, the bias already in it."""
-        return onto.addmm_(_flat(x), self.weight.t()).view(*x.shape[:-1], len(self.weight))
-
-    def hand_over(self, dy: Tensor) -> None:
-        """Keeps ``dy (T, O)`` from the backward of `expand_frozen` for that of `shrink`."""
-        self._handed = torch._C._current_graph_task_id(), dy
-
-    def take(self) -> Tensor | None:
-        """The dy of the backward now running. One of an earlier backward, which had no use for it, is thrown away."""
-        handed, self._handed = self._handed, None
-        return handed[1] if handed is not None and handed[0] == torch._C._current_graph_task_id() else None
 
 
 class Member(NamedTuple):
@@ -163,38 +146,6 @@ def expand_frozen(
     return frozen.product(x, lifted(_gated(x, h, routing, spread, mask, b), b, frozen.bias))
 
 
-def computation_dtype(x: Tensor, a: Tensor) -> torch.dtype:
-    """The dtype of the low-rank products: autocast's, or that of the weights."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return a.dtype
-
-
-def precise_product(x: Tensor, w: Tensor) -> Tensor:
-    """``x w^T`` in float32 or better, ``(T, I), (E, I) -> (T, E)``; on CPUs without widening a half-precision x.
-
-    Half-precision products add up in float32 and are rounded at the end. The rounding error comes from a second product
-    that starts at minus the rounded result: together they are right to 15 bits and cheaper than a float32 copy of x.
-    Elsewhere than on CPUs this was never tried, so there x is widened.
-    """
-    wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    with without_autocast(x.device.type):
-        if x.device.type != "cpu" or x.dtype != w.dtype or x.dtype == wide or len(x) < MANY_TOKENS:
-            return F.linear(x.to(wide), w.to(wide))
-        rounded = F.linear(x, w)
-        return torch.addmm(rounded, x, w.t(), beta=-1).to(wide).add_(rounded)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in the dtype. To ask first is several times cheaper than a call of ``to`` that does nothing."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
 def _shrunk(
     x: Tensor, members: Sequence[Member], dtype: torch.dtype, keep: Tensor | None, widen: bool = False
 ) -> list[Shrunk]:
@@ -202,24 +153,24 @@ def _shrunk(
 
     With `widen`, ``A x`` may come in float32 instead of `dtype`, where that is faster.
     """
-    flat = _flat(x)
+    flat = flat_rows(x)
     downs = [m.a for m in members]
     rows = [m.score_rows for m in members if m.score_rows is not None]
-    read = _as(flat, dtype) if keep is None else _as(flat, dtype) * keep
+    read = as_dtype(flat, dtype) if keep is None else as_dtype(flat, dtype) * keep
     if not rows:
-        h, logits = _product(read, _stacked(downs, dtype)), None
-    elif keep is None and _gives_float32(flat, rows, dtype):
-        h, logits = _unrounded(flat, _stacked(downs, dtype), _stacked(rows))
-    elif widen and keep is None and _few(flat, [*downs, *rows], dtype):
-        together = _product(flat.float(), torch.cat([*downs, *rows], out=flat.new_empty(0, dtype=torch.float32)))
+        h, logits = narrow_product(read, stacked_rows(downs, dtype)), None
+    elif keep is None and gives_float32(flat, rows, dtype):
+        h, logits = unrounded_products(flat, stacked_rows(downs, dtype), stacked_rows(rows))
+    elif widen and keep is None and few_half_precision(flat, [*downs, *rows], dtype):
+        together = narrow_product(flat.float(), torch.cat([*downs, *rows], out=flat.new_empty(0, dtype=torch.float32)))
         h, logits = together.split([sum(map(len, downs)), sum(map(len, rows))], dim=1)
     else:
         exact = x.dtype == dtype == accumulation_dtype(dtype) and all(r.dtype == dtype for r in rows)
         if exact and keep is None and len(flat) >= MANY_TOKENS:
-            together = _product(flat, _stacked([*downs, *rows], dtype))
+            together = narrow_product(flat, stacked_rows([*downs, *rows], dtype))
             h, logits = together.split([sum(map(len, downs)), sum(map(len, rows))], dim=1)
         else:
-            h, logits = _product(read, _stacked(downs, dtype)), precise_product(flat, _stacked(rows))
+            h, logits = narrow_product(read, stacked_rows(downs, dtype)), precise_product(flat, stacked_rows(rows))
     return _by_member(members, h, logits, x.shape[:-1])
 
 
@@ -233,53 +184,12 @@ def _by_member(members: Sequence[Member], h: Tensor, logits: Tensor | None, shap
     ]
 
 
-def _stacked(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    if dtype is not None:
-        parts = [_as(part, dtype) for part in parts]
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _few(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether one product in float32 is faster than one in half precision and a precise one.
-
-    So it is on CPUs for few tokens.
-    """
-    half = x.dtype == dtype in (torch.bfloat16, torch.float16) and all(w.dtype == dtype for w in weights)
-    return half and len(x) <= FEW_TOKENS and x.device.type == "cpu"
-
-
-def _gives_float32(x: Tensor, rows: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether half-precision products can leave their float32 sums unrounded: on CUDA, in newer versions of torch."""
-    half = x.is_cuda and x.dtype == dtype in (torch.bfloat16, torch.float16)
-    known = all(r.dtype == rows[0].dtype and r.dtype in (dtype, torch.float32) for r in rows)
-    return half and known and "dtype" in torch.ops.aten.mm.overloads()
-
-
-def _unrounded(x: Tensor, a: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """h in the dtype of x, and logits in float32, in one product of half-precision factors.
-
-    What half precision cuts off float32 router rows becomes rows of its own.
-    """
-    parts = [a, rows.to(x.dtype)]
-    if rows.dtype != x.dtype:
-        parts.append((rows - parts[1].to(rows.dtype)).to(x.dtype))
-    with without_autocast(x.device.type):
-        together = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
-    h, *logits = together.split([len(part) for part in parts], dim=1)
-    return h.to(x.dtype), logits[0] if len(logits) == 1 else logits[0] + logits[1]
-
-
-def _product(x: Tensor, w: Tensor) -> Tensor:
-    with without_autocast(x.device.type):
-        return F.linear(x, w)
-
-
 def _kept(x: Tensor, dtype: torch.dtype, drop: float, seed: int | None) -> Tensor | None:
     """``(T, I)`` scaled dropout mask of a seed, made again in the backward instead of saved."""
     if seed is None:
         return None
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty_like(_flat(x), dtype=dtype).bernoulli_(1 - drop, generator=generator)
+    keep = torch.empty_like(flat_rows(x), dtype=dtype).bernoulli_(1 - drop, generator=generator)
     return keep.div_(1 - drop)
 
 
@@ -321,13 +231,13 @@ class _Shrink(torch.autograd.Function):
         # Where second derivatives are recorded, the gradient that came in belongs to their graph.
         in_place = options.in_place and not torch.is_grad_enabled()
         handed_over = options.handed_over()
-        flat = _as(_flat(x), options.dtype)
+        flat = as_dtype(flat_rows(x), options.dtype)
         keep = _kept(x, options.dtype, options.drop, options.seed)
         parts = [part for part in tensors[: 2 * len(options.frozen)] if part is not None]
         present = [i for i, part in enumerate(tensors[: 2 * len(options.frozen)]) if part is not None]
         dz = _stacked_gradients([grads[i] for i in present], parts, flat)
         if ctx.needs_input_grad[0]:
-            dx = _with_added(dx, dz, _stacked(parts, options.dtype), x, keep, len(parts[0]), in_place)
+            dx = _with_added(dx, dz, stacked_rows(parts, options.dtype), x, keep, len(parts[0]), in_place)
             for dy, weight in handed_over:
                 dx = _onto(dx, dy, weight)
         out: list[Tensor | None] = [None] * len(tensors)
@@ -336,7 +246,7 @@ class _Shrink(torch.autograd.Function):
             tokens = None if n is None else n * x.shape[1:-1].numel()
             found = _weight_gradients(dz, flat, keep, [len(part) for part in parts], tokens)
             for i, part, gradient in zip(present, parts, found, strict=True):
-                out[i] = _as(gradient, part.dtype)
+                out[i] = as_dtype(gradient, part.dtype)
         return dx, None, *out
 
 
@@ -348,7 +258,7 @@ def _members(tensors: Sequence[Tensor | None], count: int) -> list[Member]:
 def _stacked_gradients(grads: Sequence[Tensor | None], parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """``(T, sum of rows)``: the gradients of all products of x, 0 for one that was not used."""
     full = [
-        x.new_zeros(len(x), len(part)) if gradient is None else _as(_flat(gradient), x.dtype)
+        x.new_zeros(len(x), len(part)) if gradient is None else as_dtype(flat_rows(gradient), x.dtype)
         for gradient, part in zip(grads, parts, strict=True)
     ]
     return full[0] if len(full) == 1 else torch.cat(full, dim=1)
@@ -357,8 +267,8 @@ def _stacked_gradients(grads: Sequence[Tensor | None], parts: Sequence[Tensor], 
 def _onto(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """``dx + dy W``, in place: `dx` was made by this backward or may be changed."""
     if torch.is_grad_enabled():
-        return (_flat(dx) + dy @ weight).view(dx.shape)
-    _flat(dx).addmm_(dy, weight)
+        return (flat_rows(dx) + dy @ weight).view(dx.shape)
+    flat_rows(dx).addmm_(dy, weight)
     return dx
 
 
@@ -372,19 +282,19 @@ def _with_added(
     if keep is not None:
         through = (dz[:, :ranks] @ stacked[:ranks]) * keep + dz[:, ranks:] @ stacked[ranks:]
     elif dx is not None and in_place and dx.dtype == dz.dtype and dx.is_contiguous():
-        _flat(dx).addmm_(dz, stacked)
+        flat_rows(dx).addmm_(dz, stacked)
         return dx
     else:
         through = dz @ stacked
     through = through.view(x.shape)
-    return _as(through if dx is None else dx + through, x.dtype)
+    return as_dtype(through if dx is None else dx + through, x.dtype)
 
 
 def _weight_gradient(dy: Tensor, gated: Tensor, tokens: int | None, dtype: torch.dtype) -> Tensor:
     """``dy^T gated`` over the first `tokens` rows."""
     if tokens is not None:
         dy, gated = dy[:tokens], gated[:tokens]
-    return _as(dy.t() @ gated, dtype)
+    return as_dtype(dy.t() @ gated, dtype)
 
 
 def _weight_gradients(
@@ -403,48 +313,16 @@ def _weight_gradients(
 def _gated(x: Tensor, h: Tensor, routing: Routing | None, spread: Tensor, mask: Tensor | None, b: Tensor) -> Tensor:
     """``gate * h`` in the dtype of the products, without gradients."""
     if routing is not None and routing.only_kept and mask is None and len(h) <= FEW_TOKENS:
-        gate = _gate_of_kept(routing, spread)
+        gate = gate_of_kept(routing, spread)
     else:
-        gate = _gate(h, None if routing is None else routing.weights, spread, mask)
+        gate = gate_of(h, None if routing is None else routing.weights, spread, mask)
     dtype = computation_dtype(x, b)
     # `h` of few tokens may be wider than the products, see `_shrunk`.
     return h * gate if h.dtype == gate.dtype == dtype else torch.mul(h, gate, out=h.new_empty(h.shape, dtype=dtype))
 
 
-def _gate(h: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None) -> Tensor:
-    """``(T, R)``, or ``(R,)`` where it is the same for all tokens; float32 or better."""
-    if mask is not None and mask.dim() == 1:
-        spread = spread * mask  # carries the mask through the product that is there anyway
-    if weights is None:
-        gate = spread[0]
-    else:
-        with without_autocast(h.device.type):
-            gate = _flat(weights) @ _as(spread, weights.dtype)
-    if mask is not None and mask.dim() == 2:
-        gate = (gate.expand(h.shape).reshape(len(mask), -1, h.shape[1]) * mask[:, None]).view(h.shape)
-    return gate
-
-
-def _gate_of_kept(routing: Routing, spread: Tensor) -> Tensor:
-    """``(T, R)`` as `_gate`, in one operation instead of three: tokens are few where this matters."""
-    assert routing.kept is not None
-    given, kept = routing.given.reshape(-1), routing.kept.reshape(-1)
-    each = routing.kept.shape[-1]
-    # A tensor that only stands for one, as in a trace, must not be kept for later calls.
-    make = _multiples if type(kept) is Tensor else _multiples.__wrapped__
-    starts = make(len(kept) // each, each, kept.device)
-    # mode 0: the sum. F.embedding_bag is this and checks that take longer.
-    gate: Tensor = torch.embedding_bag(spread.to(given.dtype), kept, starts, False, 0, False, given)[0]
-    return gate
-
-
-@lru_cache(maxsize=64)
-def _multiples(count: int, of: int, device: torch.device) -> Tensor:
-    return torch.arange(0, count * of, of, device=device)
-
-
 def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    narrow = _as(b, gated.dtype)
+    narrow = as_dtype(b, gated.dtype)
     with without_autocast(y.device.type):
         if y.dtype != gated.dtype:
             delta = F.linear(gated, narrow).view(y.shape)
@@ -452,12 +330,12 @@ def _expanded(y: Tensor, gated: Tensor, b: Tensor, in_place: bool) -> Tensor:
         if in_place:
             y.view(-1, y.shape[-1]).addmm_(gated, narrow.t())
             return y
-        return torch.addmm(_flat(y), gated, narrow.t()).view(y.shape)
+        return torch.addmm(flat_rows(y), gated, narrow.t()).view(y.shape)
 
 
 def lifted(gated: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``B gated + bias``, ``(T, O)``."""
-    narrow = _as(b, gated.dtype)
+    narrow = as_dtype(b, gated.dtype)
     with without_autocast(gated.device.type):
         return F.linear(gated, narrow, bias)
 
@@ -481,7 +359,7 @@ class _Expand(torch.autograd.Function):
         ctx.save_for_backward(h, weights, spread, mask, b)
         ctx.tokens = None if n is None else n * y.shape[1:-1].numel()
         ctx.frozen = frozen
-        gated = h * _as(_gate(h, weights, spread, mask), h.dtype)
+        gated = h * as_dtype(gate_of(h, weights, spread, mask), h.dtype)
         if frozen is not None:
             return frozen.product(y, lifted(gated, b, frozen.bias))
         if in_place:
@@ -491,34 +369,15 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, weights, spread, mask, b = ctx.saved_tensors
-        flat = _as(_flat(dy), h.dtype)
-        gate = _as(_gate(h, weights, spread, mask), h.dtype)
-        through = flat @ _as(b, h.dtype)
+        flat = as_dtype(flat_rows(dy), h.dtype)
+        gate = as_dtype(gate_of(h, weights, spread, mask), h.dtype)
+        through = flat @ as_dtype(b, h.dtype)
         gated = h * gate
         d_b = _weight_gradient(flat, gated, ctx.tokens, b.dtype) if ctx.needs_input_grad[5] else None
         d_weights = d_mask = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
-            d_weights, d_mask = _gate_gradients(through * h, weights, spread, mask, ctx.tokens)
+            d_weights, d_mask = gate_gradients(through * h, weights, spread, mask, ctx.tokens)
         if ctx.frozen is not None:
             ctx.frozen.hand_over(flat)
         d_y = dy if ctx.frozen is None else None
         return d_y, through * gate, d_weights, None, d_mask, d_b, None, None, None
-
-
-def _gate_gradients(
-    d_gate: Tensor, weights: Tensor | None, spread: Tensor, mask: Tensor | None, tokens: int | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the routing weights and of the rank mask from ``d_gate (T, R)``."""
-    d_gate = _as(d_gate, spread.dtype if weights is None else weights.dtype)
-    d_mask = None
-    if mask is not None:
-        d_mask = d_gate * _gate(d_gate, weights, spread, None)
-        d_mask = d_mask[tokens:].sum(0) if mask.dim() == 1 else d_mask.view(len(mask), -1, mask.shape[1]).sum(1)
-        d_mask = d_mask.to(mask.dtype)
-        if mask.dim() == 1:
-            d_gate = d_gate * mask
-        else:
-            d_gate = (d_gate.view(len(mask), -1, mask.shape[1]) * mask[:, None]).view(d_gate.shape)
-    if weights is None:
-        return None, d_mask
-    return (d_gate @ _as(spread, weights.dtype).t()).view(weights.shape), d_mask

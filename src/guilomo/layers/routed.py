@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guilomo.layers.fused import Frozen, Member, Shrunk, lifted
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.fused import Member, Shrunk, lifted
 from guilomo.layers.routing import Routing
 
 MOST_RANKS, MOST_EXPERTS = 256, 64

@@ -135,7 +135,7 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{name} = {problem['input']!r} is not usable: expected keys with values."
     if problem["type"] == "missing":
-        return f"{name} is missing."
+        return f"{name} is missing. Give it in the file, or with --set {name}=..."
     if problem["type"] == "value_error":
         return message if not path else f"{name}: {message}"
     return f"{name} = {problem['input']!r} is not usable: {message[0].lower() + message[1:]}.{_nearest(problem)}"

@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from guilomo.layers.attach import attach_loss
 from guilomo.layers.balance import EVERYTHING, router_statistics
-from guilomo.layers.fused import MANY_TOKENS, Frozen, Member, computation_dtype, expand, expand_frozen, shrink
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.fused import Member, expand, expand_frozen, shrink
 from guilomo.layers.packed import packed_delta
 from guilomo.layers.paths import JOINED, forced, sorting_pays
+from guilomo.layers.products import MANY_TOKENS, computation_dtype
 from guilomo.layers.routed import expand_routed, kernels_serve, route_in_kernel
 from guilomo.layers.routing import Router, Routing
 from guilomo.layers.sequential import sequential_delta

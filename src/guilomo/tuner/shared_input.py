@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from guilomo.layers.fused import Frozen, Member, Shrunk
+from guilomo.layers.frozen_linear import Frozen
+from guilomo.layers.fused import Member, Shrunk
 from guilomo.layers.routed import Made
 
 if TYPE_CHECKING:
