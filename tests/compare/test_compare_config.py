@@ -95,5 +95,5 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
 
 
 def test_missing_keys_are_named() -> None:
-    with pytest.raises(GuilomoError, match=r"tasks is missing\.\nmethods is missing"):
+    with pytest.raises(GuilomoError, match=r"tasks is missing\. Give it.*\nmethods is missing"):
         load_config(CompareConfig, None)
