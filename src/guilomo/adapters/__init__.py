@@ -9,7 +9,7 @@ from guilomo.adapters.selection import WAYS, Candidate, Selection, select
 from guilomo.adapters.shots import ShotScore, draw_shots, score_shots
 from guilomo.adapters.similarity import similarity
 from guilomo.adapters.training import train_only
-from guilomo.adapters.xlora import load_xlora, save_xlora, softmax_is_per_token, xlora_of
+from guilomo.adapters.xlora import load_xlora, restore_xlora, save_xlora, softmax_is_per_token, xlora_of
 
 __all__ = [
     "WAYS",
@@ -27,6 +27,7 @@ __all__ = [
     "mixture_of",
     "named_folders",
     "read_adapter",
+    "restore_xlora",
     "rocket_choice",
     "save_xlora",
     "score_shots",

@@ -23,7 +23,7 @@ from guilomo.tuner import LoraMoeConfig, LoraMoeLayer
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]
 """Folders by the name that each adapter is to have, or folders that are called as they are called."""
 
-_IMPORTED = {
+FOLLOW_FROM_ADAPTERS = {
     "num_experts",
     "r",
     "lora_alpha",
@@ -190,10 +190,10 @@ def _scaled(pair: LoraPair) -> Tensor:
 def _refuse_options(options: Mapping[str, Any]) -> None:
     fields = set(LoraMoeConfig.__dataclass_fields__)
     for name, value in options.items():
-        if name in _IMPORTED:
+        if name in FOLLOW_FROM_ADAPTERS:
             raise invalid(name, value, "unset: it follows from the adapters")
         if name not in fields:
-            raise unknown("option", name, fields - _IMPORTED)
+            raise unknown("option", name, fields - FOLLOW_FROM_ADAPTERS)
 
 
 def _shared_task_type(adapters: Sequence[LoraAdapter]) -> Any:

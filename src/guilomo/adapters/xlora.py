@@ -12,7 +12,7 @@ import peft
 import torch
 from peft import PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.xlora.layer import XLoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from guilomo.adapters.fit import module_shapes, refuse_other_base
@@ -138,6 +138,20 @@ def load_xlora(model: nn.Module, folder: str | Path, is_trainable: bool = False)
     if not is_trainable:
         loaded.requires_grad_(False)
     return loaded
+
+
+def restore_xlora(model: PeftModel, folder: str | Path) -> None:
+    """Puts the classifier that `save_xlora` wrote into an X-LoRA of the same adapters.
+
+    Raises:
+        GuilomoError: the classifier there is of another shape.
+    """
+    saved = load_file(Path(folder) / WEIGHTS)
+    classifier: Any = model.get_submodule(CLASSIFIER)
+    try:
+        classifier.load_state_dict({key.removeprefix(f"{CLASSIFIER}."): value for key, value in saved.items()})
+    except RuntimeError as error:
+        raise invalid("folder", str(folder), "the classifier of an X-LoRA of as many adapters", str(error)) from error
 
 
 def softmax_is_per_token() -> bool:

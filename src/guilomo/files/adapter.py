@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
@@ -17,8 +18,13 @@ WEIGHTS, CHECKSUM = "adapter_model.safetensors", "adapter_model.safetensors.sha2
 """The checksum file is in the form of ``sha256sum``, which can check it too."""
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, write: Callable[[PeftModel, str], None] = PeftModel.save_pretrained
+) -> None:
     """Writes the adapter with its checksum; the folder appears whole or not at all.
+
+    Args:
+        write: puts the adapter's files into a folder; unset: as PEFT does.
 
     Raises:
         GuilomoError: it cannot be written.
@@ -26,7 +32,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     with explained(folder, sum(p.nbytes for p in model.parameters() if p.requires_grad)):
         try:
-            model.save_pretrained(str(unfinished))
+            write(model, str(unfinished))
             write_checksum(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)

@@ -26,7 +26,8 @@ class Method:
         grows: what a larger budget buys: "rank" of every expert, or "experts" of rank 1.
         share: K as a share of the experts, where the budget buys experts. scale_by: what the recipe's scale is divided
             by there, as published: "chosen" experts, or all "experts".
-        command: how it is tried where it is no row of a comparison (banks, conversions); "" for rows.
+        bank: where it starts from ready-made adapters, the default options of its row (see `guilomo.run.bank_rows`).
+        command: how it is tried where it is no row of a comparison; "" for rows.
     """
 
     name: str
@@ -42,16 +43,20 @@ class Method:
     grows: str = ""
     share: float = 0.0
     scale_by: str = ""
+    bank: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
     @property
     def is_row(self) -> bool:
-        """Whether it can be a row of a comparison, rather than something done with adapters or models that exist."""
+        """Whether it can be a row of a comparison, rather than something done with models that exist."""
         return not self.command
 
     @property
     def how_to_try(self) -> str:
         """The command that tries it on the packaged model and data."""
+        row = f"{{name: {self.name}, options: {{bank: FOLDER}}}}" if self.bank else self.name
+        if self.bank:
+            return f"guilomo run RECIPE --set 'methods=[lora, {row}]'"
         rows = ",".join(dict.fromkeys(("lora", self.name)))
         return self.command or f"guilomo run --set methods=[{rows}] --set name=try-{self.name}"
 

@@ -301,7 +301,8 @@ _BANKS = [
         "ready-made adapters as experts, gates trained",
         "MeteoRA, arXiv 2405.13053",
         "the adapters' own",
-        command="guilomo bank build --bank DIR --router meteora --output OUT --fit",
+        mixture={"router": "meteora", "router_options": {}, "balance_loss": None},
+        bank={"by": "all", "train": "router"},
     ),
     Method(
         "rocket",
@@ -311,7 +312,8 @@ _BANKS = [
         "the adapters' own",
         "experimental",
         "ties and the cosine of factors are ours",
-        command="guilomo bank select --bank DIR --by rocket --save FILE",
+        mixture={**_TOP_K, "balance_loss": None},
+        bank={"by": "rocket", "train": "all"},
     ),
     Method(
         "loralib",
@@ -319,7 +321,8 @@ _BANKS = [
         "choose adapters by hand, by perplexity or at random",
         "LoRALib, arXiv 2509.18137",
         "the adapters' own",
-        command="guilomo bank select --bank DIR --by perplexity --save FILE",
+        mixture={**_TOP_K, "balance_loss": None},
+        bank={"by": "perplexity", "train": "router"},
     ),
     Method(
         "xlora",
@@ -328,7 +331,7 @@ _BANKS = [
         "X-LoRA, arXiv 2402.07148",
         "the classifier",
         note="PEFT's own, driven by us",
-        command="python: guilomo.adapters.xlora_of(model, adapters)",
+        bank={"by": "all"},
     ),
     Method(
         "flexmore",

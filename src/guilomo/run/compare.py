@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import guilomo
-from guilomo.allocation import Allocation
+from guilomo.allocation import Allocation, RouterCost
 from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
+from guilomo.run.bank_rows import from_bank
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
 from guilomo.run.methods import router_cost
@@ -98,16 +99,16 @@ def _not_chosen(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
-    """One row: plan, costs, runs; None before its plan is known."""
+    """One row: plan, costs, runs; None before its plan is known, or of a row from a bank, what it trains."""
     folder = run.config.folder / "methods" / method.name
     places = [folder / f"seed-{seed}" for seed in run.config.seeds]
     if method.strategy == SEARCHED:
         places = [search_folder(run.config, seed) for seed in search_seeds(run.config)]
     plans = [Allocation.load(p / "allocation.json") for p in places if (p / "allocation.json").exists()]
-    if not plans:
-        return None
     found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
     full = [read_json(path) for path in found if path.exists()]
+    if not plans or (from_bank(method) and not full):
+        return None
     router = router_cost(run.config, method)
     runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
     return {
@@ -115,14 +116,26 @@ def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
         "label": method.label,
         "kind": KINDS.get(method.strategy, "control"),
         "allocation": plans[0].to_dict(),
-        "parameters": max(plan.parameters(router) for plan in plans),
-        "active_parameters": mean(plan.active_parameters(router) for plan in plans),
-        "flops_per_token": mean(plan.flops_per_token(router) for plan in plans),
+        **_costs(method, plans, router, runs),
         "sweep": _sweep(run, method),
         "runs": runs,
         "summary": _summary(runs),
         "rows": [r["rows"] for r in full],
     }
+
+
+def _costs(
+    method: MethodConfig, plans: list[Allocation], router: RouterCost, runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Of a row from a bank, what was trained beside frozen adapters is known once it has been; else by the plan."""
+    costs = {
+        "parameters": max(plan.parameters(router) for plan in plans),
+        "active_parameters": mean(plan.active_parameters(router) for plan in plans),
+        "flops_per_token": mean(plan.flops_per_token(router) for plan in plans),
+    }
+    if from_bank(method):
+        costs["parameters"] = max(run["trained_parameters"] for run in runs)
+    return costs
 
 
 def _sweep(run: Run, method: MethodConfig) -> dict[str, Any] | None:

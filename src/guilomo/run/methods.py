@@ -16,6 +16,7 @@ from guilomo.errors import GuilomoError, unknown
 from guilomo.layers.routers import cost_of_router
 from guilomo.methods import METHODS, filled_plan
 from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
+from guilomo.run.bank_rows import attach_bank, check_bank_row, from_bank
 from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.search import search_sized
 from guilomo.tasks import Task
@@ -36,9 +37,11 @@ def check_methods(config: RunConfig) -> None:
             raise unknown(f"strategy of method {method.name!r}", method.strategy, rows)
         if not known.is_row:
             raise GuilomoError(
-                f"Method {method.name!r} starts from ready-made adapters or models, so it is no row of a run. Try it "
-                f"with: {known.command}"
+                f"Method {method.name!r} starts from ready-made models, so it is no row of a run. Try it with: "
+                f"{known.command}"
             )
+        if from_bank(method):
+            check_bank_row(method)
         if method.strategy == SHUFFLED and method.options:
             raise GuilomoError(
                 f"Method {method.name!r} has options {sorted(method.options)}, but the shuffled plan takes none: it is "
@@ -150,6 +153,8 @@ def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: Run
     """The model with the method's adapter, ready to train."""
     if method.strategy == PLAIN_LORA:
         return get_peft_model(model, plain_lora_config(plan, config, task))
+    if from_bank(method):
+        return attach_bank(model, method, config, TASK_TYPES[config.task.kind])
     return get_peft_model(model, mixture_config(config, method, allocation=plan))
 
 

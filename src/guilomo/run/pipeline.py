@@ -28,8 +28,8 @@ from torch import nn
 from guilomo.allocation import Allocation, shuffled
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
-from guilomo.files import save_adapter
 from guilomo.report import write_report
+from guilomo.run.bank_rows import bank_plan, from_bank
 from guilomo.run.compare import results_of
 from guilomo.run.config import RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.run.files import read_json, write_json, write_text
@@ -47,6 +47,7 @@ from guilomo.run.model import load_model, load_tokenizer
 from guilomo.run.records import score_record, training_record
 from guilomo.run.searches import search_config, search_folder
 from guilomo.run.sweep import learning_rate, take_over
+from guilomo.run.trained import save_trained, trained_parameters
 from guilomo.search import Search, carry_weights
 from guilomo.search.distributed import rank
 from guilomo.tasks import Task, build_task
@@ -96,7 +97,7 @@ class Run:
         plans = {
             m.name: plan_method(m, self.config, model, shapes, budget, self.config.seeds[0])
             for m in self.config.methods
-            if m.strategy not in FROM_SEARCH
+            if m.strategy not in FROM_SEARCH and not from_bank(m)
         }
         size = sum(p.numel() for p in model.parameters())
         return {"shapes": shapes, "budget": budget, "budget_source": source, "plans": plans, "parameters": size}
@@ -156,11 +157,13 @@ class Run:
         return Search(model, self.task, options, self.facts["budget"], search_folder(self.config, seed))
 
     def plan(self, method: MethodConfig, seed: int) -> Allocation:
-        """The allocation of a method for one training seed; where it comes from the search, this runs the search.
+        """The allocation of a method for one training seed; for which this runs the search, or chooses the adapters.
 
         Raises:
             GuilomoError: the plan does not fit the model or the budget.
         """
+        if from_bank(method):
+            return bank_plan(self, method)
         plan = self.search(seed) if method.strategy in FROM_SEARCH else self._made_plan(method, seed)
         if method.strategy == SHUFFLED:
             plan = shuffled(plan, seed)
@@ -211,6 +214,7 @@ class Run:
         plan = self.plan(method, seed)
         write_text(folder / "allocation.json", plan.to_json())
         model = attach(self.fresh_model(seed), plan, method, self.config, self.task)
+        self._refuse_above_budget(method, trained_parameters(model))
         if method.strategy == SEARCHED and self.config.train.start_from_search:
             self._start_from_search(model, seed)
         trained = fine_tune(
@@ -222,8 +226,17 @@ class Run:
             progress=lambda step, steps, text: self.progress(stage, step, steps, text),
             should_stop=self.should_stop,
         )
-        save_adapter(model, folder / "adapter")
-        return model, training_record(trained)
+        save_trained(model, folder / "adapter")
+        return model, {"trained_parameters": trained_parameters(model), **training_record(trained)}
+
+    def _refuse_above_budget(self, method: MethodConfig, trained: int) -> None:
+        """What is attached is counted, whatever its plan says; adapters of a bank come in the sizes they have."""
+        if trained > self.facts["budget"]:
+            raise GuilomoError(
+                f"Method {method.name!r} would train {trained:,} parameters, but the budget is "
+                f"{self.facts['budget']:,}. Take fewer adapters or such of lower rank, or train their router alone "
+                "(options.train: router)."
+            )
 
     def _start_from_search(self, model: nn.Module, seed: int) -> None:
         job = self.search_job(seed)

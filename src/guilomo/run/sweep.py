@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.evaluation.forward import evaluating, row_results
-from guilomo.files import check_adapter
 from guilomo.run.config import MethodConfig
 from guilomo.run.files import read_json, write_json
 from guilomo.run.methods import attach
+from guilomo.run.trained import load_trained
 from guilomo.training import DivergedError
 
 if TYPE_CHECKING:
@@ -59,14 +58,12 @@ def sweep_file(run: Run, method: MethodConfig) -> Path:
 def take_over(run: Run, method: MethodConfig, rate: float, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Copies the training at the chosen rate to the folder of its seed; returns the trained model and its record."""
     cell = _cell_folder(run, method, rate)
-    check_adapter(cell / "adapter")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy2(cell / "allocation.json", folder / "allocation.json")
     shutil.copytree(cell / "adapter", folder / "adapter", dirs_exist_ok=True)
     plan = Allocation.load(folder / "allocation.json")
     model = attach(run.fresh_model(run.config.seeds[0]), plan, method, run.config, run.task)
-    device = str(next(model.parameters()).device)
-    set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device=device))
+    load_trained(model, folder / "adapter")
     return model, read_json(cell / "held_out.json")["training"]
 
 

@@ -1,0 +1,170 @@
+"""Rows of a run that start from a bank of ready-made adapters: which are chosen, what is attached, what is trained.
+
+methods/NAME/selection.json   the choice, made once per method, before its first training
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
+
+from guilomo.adapters import Selection, adapters_in, mixture_of, read_adapter, select, xlora_of
+from guilomo.adapters.fit import module_shapes
+from guilomo.adapters.mixture import FOLLOW_FROM_ADAPTERS, import_plan
+from guilomo.allocation import Allocation
+from guilomo.errors import GuilomoError
+from guilomo.methods import METHODS
+from guilomo.run.config import MethodConfig, RunConfig
+from guilomo.run.files import write_json
+from guilomo.run.recipe import problems
+from guilomo.search.distributed import rank
+from guilomo.tasks.config import expand_path
+
+if TYPE_CHECKING:
+    from guilomo.run.pipeline import Run
+
+XLORA = "xlora"
+"""The one method of a bank that is PEFT's and no mixture of ours."""
+
+
+class BankRow(BaseModel):
+    """Options of a row that starts from adapters; see `select`, `mixture_of` and `xlora_of`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bank: str | dict[str, str] = Field(description="Folder of adapter folders, or adapter folders by name.")
+    by: Literal["all", "rocket", "accuracy", "perplexity", "manual", "random"] = Field(
+        "all", description="How adapters are chosen; all: every one of the bank."
+    )
+    count: int = Field(4, ge=1, description="How many are chosen; not for all and manual.")
+    names: list[str] | None = Field(None, description="Which, for manual.")
+    k: int = Field(50, ge=1, description="Training rows that adapters are scored by.")
+    pool: int = Field(8, ge=1, description="rocket: among how many of the best combinations are looked for.")
+    seed: int = Field(0, description="Of these rows, or of the random choice.")
+    train: Literal["router", "all"] = Field("router", description="What is trained: routers, or the adapters too.")
+    saved_from: str | None = Field(None, description="Whose heads are taken over where they differ.")
+    classifier: dict[str, Any] = Field(
+        default_factory=dict, description="X-LoRA: layerwise, depth, size, dropout, temperature, top_k."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BankRow:
+        if (self.by == "manual") != (self.names is not None):
+            raise ValueError(f"names = {self.names!r} contradicts by = {self.by!r}: give names with manual alone.")
+        return self
+
+    def adapters(self) -> dict[str, Path]:
+        """The bank's adapter folders by name.
+
+        Raises:
+            GuilomoError: there are none.
+        """
+        if isinstance(self.bank, str):
+            return adapters_in(expand_path(self.bank, "options.bank"))
+        return {name: expand_path(folder, f"options.bank.{name}") for name, folder in self.bank.items()}
+
+
+def from_bank(method: MethodConfig) -> bool:
+    """Whether the row starts from ready-made adapters."""
+    return bool(METHODS[method.strategy].bank)
+
+
+def bank_row(method: MethodConfig) -> BankRow:
+    """The row's options; unset ones are those of the method.
+
+    Raises:
+        GuilomoError: an option is missing, unknown or not usable.
+    """
+    defaults = METHODS[method.strategy].bank
+    if "bank" not in method.options:
+        raise GuilomoError(
+            f"Method {method.name!r} starts from ready-made adapters, and options.bank does not say which. Give a "
+            f"folder of adapter folders: {{name: {method.name}, options: {{bank: FOLDER}}}}. docs/banks.md tells how "
+            "to make one."
+        )
+    try:
+        return BankRow.model_validate({**defaults, **method.options})
+    except ValidationError as error:
+        raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, BankRow))) from None
+
+
+def check_bank_row(method: MethodConfig) -> None:
+    """Refuses options that the row cannot have, and banks that are not there.
+
+    Raises:
+        GuilomoError: see `bank_row`; the bank has no adapters, or one that cannot become an expert.
+    """
+    row = bank_row(method)
+    if method.strategy == XLORA and (row.train, row.saved_from, method.mixture) != ("router", None, {}):
+        raise GuilomoError(
+            f"Method {method.name!r} is PEFT's X-LoRA, of which the classifier alone is trained: leave out train, "
+            "saved_from and the keys of mixture. options.classifier has what it can be told."
+        )
+    if method.strategy != XLORA and row.classifier:
+        raise GuilomoError(
+            f"Method {method.name!r} has options.classifier = {row.classifier!r}, but no classifier: that is X-LoRA's. "
+            "Leave it out, or set mixture.router_options."
+        )
+    for name, folder in row.adapters().items():
+        read_adapter(folder, name)
+
+
+def selection_file(config: RunConfig, method: MethodConfig) -> Path:
+    """Where the choice of a row lies."""
+    return config.folder / "methods" / method.name / "selection.json"
+
+
+def selection_of(run: Run, method: MethodConfig) -> Selection:
+    """The row's choice of adapters, from training rows only; made if it is not there yet.
+
+    Raises:
+        GuilomoError: see `select`; or the data have changed since it was made.
+    """
+    path = selection_file(run.config, method)
+    if path.exists():
+        found = Selection.load(path)
+        run.refuse_other_data({"data_hash": found.data_hash}, path)
+        return found
+    row = bank_row(method)
+    bank = row.adapters()
+    names = list(bank) if row.by == "all" else row.names
+    selection = select(
+        run.fresh_model(run.config.seeds[0]),
+        bank,
+        run.task,
+        row.k,
+        by="manual" if row.by == "all" else row.by,
+        count=row.count,
+        names=names,
+        pool=row.pool,
+        seed=row.seed,
+        batch_size=run.config.evaluation.batch_size,
+        progress=lambda done, all_, name: run.progress(f"{method.name}: choice", done, all_, name),
+    )
+    if rank() == 0:
+        write_json(path, selection.to_dict())
+    return selection
+
+
+def bank_plan(run: Run, method: MethodConfig) -> Allocation:
+    """The plan of a mixture of the chosen adapters; of X-LoRA, that in which a token uses all of them."""
+    folders = selection_of(run, method).folders
+    adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+    shapes = module_shapes(run.fresh_model(run.config.seeds[0]))
+    top_k = len(adapters) if method.strategy == XLORA else run.config.mixture_of(method).top_k
+    return import_plan(adapters, shapes, top_k)
+
+
+def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_type: str) -> PeftModel:
+    """The model with the row's adapters, as `selection_of` has chosen them, ready to train."""
+    row, adapters = bank_row(method), Selection.load(selection_file(config, method)).folders
+    if method.strategy == XLORA:
+        return xlora_of(model, adapters, **row.classifier)
+    mixture = config.mixture_of(method).peft_options()
+    options = {name: value for name, value in mixture.items() if name not in FOLLOW_FROM_ADAPTERS}
+    options |= {"train": row.train, "saved_from": row.saved_from, "task_type": task_type}
+    return mixture_of(model, adapters, **options)
