@@ -82,9 +82,7 @@ def methods_table(found: dict[str, Any]) -> list[str]:
     for row in method_rows(found):
         cells = [_cell(cell) for cell in row["cells"]]
         name = f"{row['label']} (experimental)" if row["maturity"] == "experimental" else row["label"]
-        lines.append(
-            f"| {' | '.join([name, *cells, row['rank'], row['parameters'], row['step'], row['memory']])} |"
-        )
+        lines.append(f"| {' | '.join([name, *cells, row['rank'], row['parameters'], row['step'], row['memory']])} |")
     return lines
 
 
