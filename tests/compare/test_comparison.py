@@ -120,8 +120,8 @@ def test_a_finished_comparison_is_only_shown(finished: Finished) -> None:
     again = finish(finished.content, resume=True)
     assert {**again.results, "created": finished.results["created"]} == finished.results
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    other = {**finished.content, "seeds": [3, 1, 2]}
-    with pytest.raises(GuilomoError, match="other settings"):
+    other = {**finished.content, "seeds": [4, 3]}
+    with pytest.raises(GuilomoError, match=r"other settings \(first seed: 3 there, 4 now"):
         job_of(other).prepare(resume=True)
 
 

@@ -23,11 +23,12 @@ from guilomo.compare.processes import spread
 from guilomo.compare.queue import Queue, default_storage
 from guilomo.compare.results import comparison_results
 from guilomo.compare.work import Worker
-from guilomo.errors import GuilomoError, invalid
+from guilomo.errors import invalid
 from guilomo.run import Run
+from guilomo.run.claim import refuse_changes
 from guilomo.run.files import read_json, write_json
 from guilomo.run.methods import check_methods
-from guilomo.run.pipeline import StageProgress, differences
+from guilomo.run.pipeline import StageProgress
 
 
 def _silent(stage: str, step: int, steps: int, text: str) -> None:
@@ -92,17 +93,7 @@ class Comparison:
         path = self.config.folder / "config.json"
         present = self._settings()
         if path.exists() and (self.config.folder / "tasks").exists():
-            saved = read_json(path)
-            if saved != present:
-                raise GuilomoError(
-                    f"{self.config.folder} holds a comparison with other settings ({differences(saved, present)}). "
-                    "Give another output folder (--set output=...), or delete it."
-                )
-            if not resume:
-                raise GuilomoError(
-                    f"{self.config.folder} already holds this comparison. Continue or show it with --resume, give "
-                    "another output folder (--set output=...), or delete it."
-                )
+            refuse_changes("comparison", self.config.folder, read_json(path), present, resume)
         write_json(path, present)
 
     def _settings(self) -> dict[str, Any]:

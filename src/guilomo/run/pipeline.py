@@ -30,6 +30,7 @@ from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.report import write_report
 from guilomo.run.bank_rows import bank_plan, from_bank
+from guilomo.run.claim import refuse_changes
 from guilomo.run.compare import results_of
 from guilomo.run.config import RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
 from guilomo.run.files import read_json, write_json, write_text
@@ -106,23 +107,13 @@ class Run:
         """Claims the run's folder.
 
         Raises:
-            GuilomoError: it holds a run and `resume` is false, or a run of another recipe.
+            GuilomoError: it holds a run and `resume` is false, or a run of another recipe; see `refuse_changes`.
         """
         path = self.config.folder / "config.json"
         present = self.config.model_dump(mode="json")
         # A run that failed before its first checkpoint, on bad data for instance, claims nothing.
         if path.exists() and any((self.config.folder / part).exists() for part in ("search", "methods")):
-            saved = read_json(path)
-            if saved != present:
-                raise GuilomoError(
-                    f"{self.config.folder} holds a run with other settings ({differences(saved, present)}). "
-                    "Give another output folder (--set output=...), or delete it."
-                )
-            if not resume:
-                raise GuilomoError(
-                    f"{self.config.folder} already holds this run. Continue or show it with --resume, give another "
-                    "output folder (--set output=...), or delete it."
-                )
+            refuse_changes("run", self.config.folder, read_json(path), present, resume)
         if rank() == 0:
             write_json(path, present)
 
@@ -304,18 +295,3 @@ class Run:
     @cached_property
     def router_cost(self) -> Any:
         return router_cost(self.config)
-
-
-def differences(a: Any, b: Any, path: str = "") -> str:
-    """The first few keys in which two resolved recipes differ."""
-    found: list[str] = []
-
-    def walk(x: Any, y: Any, at: str) -> None:
-        if isinstance(x, dict) and isinstance(y, dict):
-            for key in sorted({*x, *y}):
-                walk(x.get(key), y.get(key), f"{at}.{key}" if at else key)
-        elif x != y:
-            found.append(f"{at}: {x!r} there, {y!r} now")
-
-    walk(a, b, path)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
