@@ -76,6 +76,7 @@ _ALLOCATIONS = [
         "",
         "as written",
         strategy="rules",
+        needs={"rules": {"query": [2, 2], "value": [4, 2]}},
     ),
     Method(
         "random",
