@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from guilomo.compare import CompareConfig
-from guilomo.compare.config import RATES, task_from
+from guilomo.compare.config import task_from
 from guilomo.errors import GuilomoError
+from guilomo.run.config import RATES
 from guilomo.run.recipe import load_config
 from tiny_runs import write_recipe
 

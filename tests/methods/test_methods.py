@@ -49,10 +49,10 @@ def test_every_entry_is_whole() -> None:
         assert method.maturity == "stable" or method.note, f"{name} does not say what is experimental"
         assert method.summary
         assert method.knobs
-        assert bool(method.strategy) + bool(method.grows) + bool(method.command) == 1, name
+        assert bool(method.strategy) + bool(method.grows) + bool(method.bank) + bool(method.command) == 1, name
     assert {m.strategy for m in METHODS.values()} >= {*STRATEGIES} - {"learned"}
     used = {m.mixture["router"] for m in METHODS.values() if "router" in m.mixture}
-    assert used | {"fixed", "topk_of_softmax", "meteora"} == set(ROUTERS), "a router that no method has"
+    assert used | {"fixed", "topk_of_softmax"} == set(ROUTERS), "a router that no method has"
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
@@ -173,7 +173,7 @@ def test_the_command_lists_and_tells(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["methods", "hidra"]) == 2
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if n not in (*FROM_SEARCH, "rules")])
+@pytest.mark.parametrize("name", [n for n in ROWS if n not in FROM_SEARCH and not METHODS[n].needs])
 def test_the_command_that_tries_it_is_a_recipe(name: str) -> None:
     command = METHODS[name].how_to_try.removeprefix("guilomo run ").split(" --set ")
     config = load_recipe(None, [part.removeprefix("--set ") for part in command])

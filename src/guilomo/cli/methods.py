@@ -8,10 +8,15 @@ import json
 from rich.table import Table
 
 from guilomo.cli.screen import console, print_table
+from guilomo.errors import GuilomoError, invalid
 from guilomo.methods import METHODS, Method, method_named
+from guilomo.run.method_recipe import method_recipe
 
 
 def list_methods(arguments: argparse.Namespace) -> None:
+    if arguments.recipe:
+        _print_recipe(arguments)
+        return
     chosen = [method_named(name) for name in arguments.names] or list(METHODS.values())
     if arguments.json:
         print(json.dumps([method.to_dict() for method in chosen], indent=2, ensure_ascii=False))
@@ -20,7 +25,9 @@ def list_methods(arguments: argparse.Namespace) -> None:
             _print_whole(method)
     else:
         print_table(_table(chosen))
-        console.print("\nguilomo methods NAME tells more, and how to try it.", highlight=False)
+        console.print(
+            "\nguilomo methods NAME tells more, and how to try it; with --recipe it prints a recipe.", highlight=False
+        )
 
 
 def _table(chosen: list[Method]) -> Table:
@@ -32,13 +39,19 @@ def _table(chosen: list[Method]) -> Table:
     return table
 
 
+def _print_recipe(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        raise GuilomoError("--recipe prints YAML and --json prints JSON. Leave one of them out.")
+    if len(arguments.names) != 1:
+        raise invalid("--recipe", " ".join(arguments.names), "one method", "Try: guilomo methods ld_mole --recipe")
+    print(method_recipe(arguments.names[0]), end="")
+
+
 def _print_whole(method: Method) -> None:
     lines = [
         f"{method.name}: {method.label}",
         f"  {method.summary}",
-        f"  paper          {method.paper or 'ours'}",
-        f"  a budget buys  {method.knobs}",
-        f"  maturity       {method.maturity}" + (f": {method.note}" if method.note else ""),
+        *(f"  {key:<13}  {value}" for key, value in method.facts.items()),
         f"  mixture        {method.mixture}" if method.mixture else "",
         f"  try it         {method.how_to_try}",
     ]

@@ -235,6 +235,7 @@ def _methods(commands: Commands) -> None:
     command = commands.add_parser("methods", help=help, description=help[0].upper() + help[1:] + ".")
     command.add_argument("names", nargs="*", metavar="NAME", help="only these, in full")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--recipe", action="store_true", help="print a recipe of one method, for guilomo run")
 
 
 def _inspect(commands: Commands) -> None:

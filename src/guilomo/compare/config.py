@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from guilomo.run.config import (
     PLAIN_LORA,
+    RATES,
     BudgetConfig,
     EvaluationConfig,
     MethodConfig,
@@ -24,8 +25,6 @@ from guilomo.search import SearchConfig
 from guilomo.tasks import TaskConfig
 from guilomo.training import TrainConfig
 
-RATES = [3e-4, 1e-3, 3e-3]
-"""Learning rates that every method is tried at unless the file says otherwise."""
 DATA_FILE = re.compile(r"\.(jsonl|txt)(\.gz|\.xz)?$")
 OWN_KEYS = {"name", "file", "train", "budget", "evaluation"}
 """What a task of a comparison has beyond `TaskConfig`, or in another sense."""

@@ -239,18 +239,19 @@ def balance_loss(form: str, statistics: RouterStatistics, **options: Any) -> Ten
     return BALANCE_FORMS[form](statistics, **options)
 
 
-def check_balance_options(form: str | None, options: dict[str, Any]) -> None:
-    """Refuses options that the named form does not have, and values that cannot work.
+def balance_options(form: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of the named form, those not given at their defaults.
 
     Raises:
-        GuilomoError: naming the option, the value and what is allowed.
+        GuilomoError: an option that the form does not have, or a value that cannot work.
     """
     known = {} if form is None else defaults_of(BALANCE_FORMS[form])
-    completed("balance_options", f"balance_loss={form!r}", options, known)
+    found = completed("balance_options", f"balance_loss={form!r}", options, known)
     if form is not None:
         one, two = torch.ones(()), torch.ones(2)
         empty = RouterStatistics(one, two, two, two, one, one, two, one, torch.ones(1, 2), torch.zeros(1))
-        balance_loss(form, empty, **options)
+        balance_loss(form, empty, **found)
+    return found
 
 
 def read_by(form: str | None, z_loss: bool, penalty: bool = False) -> frozenset[str]:

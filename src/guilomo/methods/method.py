@@ -26,6 +26,7 @@ class Method:
         grows: what a larger budget buys: "rank" of every expert, or "experts" of rank 1.
         share: K as a share of the experts, where the budget buys experts. scale_by: what the recipe's scale is divided
             by there, as published: "chosen" experts, or all "experts".
+        needs: options that its row cannot do without, with an example of each.
         bank: where it starts from ready-made adapters, the default options of its row (see `guilomo.run.bank_rows`).
         command: how it is tried where it is no row of a comparison; "" for rows.
     """
@@ -44,6 +45,7 @@ class Method:
     share: float = 0.0
     scale_by: str = ""
     bank: dict[str, Any] = field(default_factory=dict)
+    needs: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
     @property
@@ -54,11 +56,27 @@ class Method:
     @property
     def how_to_try(self) -> str:
         """The command that tries it on the packaged model and data."""
+<<<<<<< HEAD
         row = f"{{name: {self.name}, options: {{bank: FOLDER}}}}" if self.bank else self.name
         if self.bank:
             return f"guilomo run RECIPE --set 'methods=[lora, {row}]'"
+=======
+        if self.command:
+            return self.command
+        if self.needs:
+            return f"guilomo methods {self.name} --recipe > {self.name}.yaml; guilomo run {self.name}.yaml"
+>>>>>>> recipe
         rows = ",".join(dict.fromkeys(("lora", self.name)))
-        return self.command or f"guilomo run --set methods=[{rows}] --set name=try-{self.name}"
+        return f"guilomo run --set methods=[{rows}] --set name=try-{self.name}"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What there is to know before one tries it, by the words that users see."""
+        return {
+            "paper": self.paper or "ours",
+            "a budget buys": self.knobs,
+            "maturity": self.maturity + (f": {self.note}" if self.note else ""),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as ``guilomo methods --json`` prints it."""

@@ -76,6 +76,7 @@ _ALLOCATIONS = [
         "",
         "as written",
         strategy="rules",
+        needs={"rules": {"query": [2, 2], "value": [4, 2]}},
     ),
     Method(
         "random",
@@ -303,6 +304,7 @@ _BANKS = [
         "the adapters' own",
         mixture={"router": "meteora", "router_options": {}, "balance_loss": None},
         bank={"by": "all", "train": "router"},
+        needs={"bank": "FOLDER"},
     ),
     Method(
         "rocket",
@@ -314,6 +316,7 @@ _BANKS = [
         "ties and the cosine of factors are ours",
         mixture={**_TOP_K, "balance_loss": None},
         bank={"by": "rocket", "train": "all"},
+        needs={"bank": "FOLDER"},
     ),
     Method(
         "loralib",
@@ -323,6 +326,7 @@ _BANKS = [
         "the adapters' own",
         mixture={**_TOP_K, "balance_loss": None},
         bank={"by": "perplexity", "train": "router"},
+        needs={"bank": "FOLDER"},
     ),
     Method(
         "xlora",
@@ -332,6 +336,7 @@ _BANKS = [
         "the classifier",
         note="PEFT's own, driven by us",
         bank={"by": "all"},
+        needs={"bank": "FOLDER"},
     ),
     Method(
         "flexmore",

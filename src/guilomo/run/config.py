@@ -23,6 +23,8 @@ RANDOM = "random"
 """The strategy name of the random control, which draws a plan of its own for every training seed."""
 SHUFFLED = "shuffled"
 """The strategy name of the searched plan, its experts dealt out anew, for every seed, among modules of equal shape."""
+RATES = [3e-4, 1e-3, 3e-3]
+"""Learning rates that every method of a comparison is tried at unless its file says otherwise."""
 
 
 class ModelConfig(BaseModel):

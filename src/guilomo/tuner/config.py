@@ -12,7 +12,7 @@ from peft import PeftConfig
 from guilomo.allocation.plan import SCALINGS, Allocation
 from guilomo.errors import invalid, unknown
 from guilomo.files import check_checksum, refuse_pickle, write_checksum
-from guilomo.layers.balance import BALANCE_FORMS, check_balance_options
+from guilomo.layers.balance import BALANCE_FORMS, balance_options
 from guilomo.layers.routers import ROUTERS, router_class, router_options
 from guilomo.tuner.card import add_loading_section
 
@@ -214,7 +214,7 @@ class LoraMoeConfig(PeftConfig):
                 "train", "router", "'all' with router='fixed', which has nothing to train", "Or train 'topk'."
             )
         router_options(self.router, self.router_options)
-        check_balance_options(self.balance_loss, self.balance_options)
+        balance_options(self.balance_loss, self.balance_options)
         self._check_router()
 
     def _check_router(self) -> None:
