@@ -56,16 +56,10 @@ class Method:
     @property
     def how_to_try(self) -> str:
         """The command that tries it on the packaged model and data."""
-<<<<<<< HEAD
-        row = f"{{name: {self.name}, options: {{bank: FOLDER}}}}" if self.bank else self.name
-        if self.bank:
-            return f"guilomo run RECIPE --set 'methods=[lora, {row}]'"
-=======
         if self.command:
             return self.command
         if self.needs:
             return f"guilomo methods {self.name} --recipe > {self.name}.yaml; guilomo run {self.name}.yaml"
->>>>>>> recipe
         rows = ",".join(dict.fromkeys(("lora", self.name)))
         return f"guilomo run --set methods=[{rows}] --set name=try-{self.name}"
 

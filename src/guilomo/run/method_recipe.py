@@ -62,8 +62,7 @@ def method_recipe(name: str) -> str:
     method = method_named(name)
     if not method.is_row:
         raise GuilomoError(
-            f"Method {name!r} starts from ready-made models, so it has no recipe. Try it with: "
-            f"{method.command}"
+            f"Method {name!r} starts from ready-made models, so it has no recipe. Try it with: {method.command}"
         )
     row = MethodConfig(name=name, options=method.needs)
     config = RunConfig(name=f"try-{name}", methods=[row])

@@ -1,0 +1,48 @@
+"""docs/family.md shows what the committed results say, and what it says of a comparison."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from benchmarks import family_page
+from benchmarks.recipe_results import results_in
+
+FOUND = results_in("comparisons")
+
+
+def test_the_page_is_made_of_the_committed_results() -> None:
+    assert family_page.PAGE.read_text(encoding="utf-8") == family_page.page(FOUND)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_results_are_whole_and_name_no_machine(name: str) -> None:
+    found = FOUND[name]
+    assert found["status"] == "complete"
+    assert found["failures"] == []
+    assert len(found["seeds"]) >= 3
+    assert not re.search(r"/(tmp|home|root|work)/", str(found))
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_mean_is_that_of_its_cells(name: str) -> None:
+    for method in FOUND[name]["methods"]:
+        for task, entry in method["tasks"].items():
+            values = [cell["value"] for cell in entry["cells"]]
+            assert entry["mean"] == pytest.approx(sum(values) / len(values)), (method["name"], task)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_all_rows_are_of_one_budget(name: str) -> None:
+    budgets = {task["name"]: task["budget"] for task in FOUND[name]["tasks"]}
+    for method in FOUND[name]["methods"]:
+        for task, entry in method["tasks"].items():
+            assert entry["parameters"] <= budgets[task], (method["name"], task)
+
+
+def test_a_cell_says_what_is_beyond_noise_and_what_is_missing() -> None:
+    cell: dict[str, Any] = {"value": "81.0 %", "interval": "[78, 84]", "outcome": "better", "alarm": "", "missing": ""}
+    assert family_page._cell(cell) == "**better** 81.0 % [78, 84]"
+    assert family_page._cell({**cell, "outcome": "even", "alarm": "1 of 3 seeds failed"}).endswith("seeds failed")
