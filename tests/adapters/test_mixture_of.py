@@ -47,6 +47,41 @@ def test_all_weight_on_one_expert_is_that_adapter_alone(
     torch.testing.assert_close(logits(model, inputs), wanted, rtol=1e-12, atol=1e-13)
 
 
+def test_meteora_is_every_adapter_alone_and_trains_its_gates_alone(bank: dict[str, Path]) -> None:
+    """One gate row ``d_in`` per adapter and module; scales of the adapters are their own; disabled it is the base."""
+    inputs = inputs_for("llama")
+    for expert, folder in enumerate(bank.values()):
+        model = mixture_of(build("llama").double(), bank, router="meteora", top_k=1)
+        send_everything_to(model, expert)
+        torch.testing.assert_close(logits(model, inputs), logits(alone(folder), inputs), rtol=1e-12, atol=1e-13)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == {n for n, _ in model.named_parameters() if ".molora_router." in n}
+    assert sum(p.numel() for p in trained.values()) == sum(3 * m.in_features for m in mixtures(model).values())
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(build("llama").double(), inputs))
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_the_router_does_not_matter_where_adapters_are_equal(tmp_path: Path, top_k: int) -> None:
+    folders = {name: save_adapter(tmp_path / name, r=3, lora_alpha=7) for name in "abc"}
+    model = mixture_of(build("llama").double(), folders, top_k=top_k)
+    inputs = inputs_for("llama")
+    wanted = logits(alone(folders["a"]), inputs)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for layer in mixtures(model).values():
+            torch.nn.init.normal_(layer.molora_router["default"].weight)
+        torch.testing.assert_close(logits(model, inputs), wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_all_chosen_is_the_dense_mixture(bank: dict[str, Path]) -> None:
+    found = []
+    for options in ({"top_k": 3}, {"router": "dense"}):
+        torch.manual_seed(0)
+        found.append(logits(mixture_of(build("llama").double(), bank, **options), inputs_for("llama")))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("base", "adapters"), [("gpt2", GPT2), ("bert", BERT)])
 def test_other_architectures(tmp_path: Path, base: str, adapters: dict[str, Any]) -> None:
     folders = save_bank(tmp_path, adapters, base)

@@ -77,6 +77,17 @@ def test_scores_are_those_of_each_adapter_alone(llama: nn.Module, bank: dict[str
     assert {c.accuracy for c in by_perplexity.candidates} == {None}
 
 
+def test_the_mixture_of_the_one_selected_scores_as_it_did(llama: nn.Module, bank: dict[str, Path], task: Task) -> None:
+    """One expert has gate 1: the mixture is PEFT's model of that adapter, and so are its numbers."""
+    found = select(llama, bank, task, 12, by="perplexity", count=1, seed=3, batch_size=5)
+    mixture = mixture_of(copy.deepcopy(llama), found.folders, train="all")
+    (chosen,) = (c for c in found.candidates if c.name == found.chosen[0])
+    scored = score_shots(mixture, draw_shots(task, 12, 3), True, 5)
+    assert scored.perplexity == pytest.approx(chosen.perplexity, rel=1e-9)
+    model = PeftModel.from_pretrained(copy.deepcopy(llama), chosen.folder)
+    assert scored.accuracy == evaluate(model, draw_shots(task, 12, 3), "train").metrics["accuracy"].value
+
+
 def test_perplexity_weighs_examples_alike(llama: nn.Module, llama_folder: Path, tmp_path: Path) -> None:
     """Also where their answers differ in length; pooled tokens would give another number."""
     rows = [{"id": str(i), "type": "gen", "input": f"{i}?", "answer": "red " * (1 + 2 * i)} for i in range(10)]

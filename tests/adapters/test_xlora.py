@@ -72,6 +72,33 @@ def test_top_k_is_the_mixture_of_the_kept(bank: dict[str, Path]) -> None:
     torch.testing.assert_close(logits(model, inputs), logits(mixture, inputs), rtol=1e-12, atol=1e-13)
 
 
+def test_every_token_has_k_weights_of_sum_1(bank: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that differ between tokens; a softmax over all of them would give each a small part of 1."""
+    model = xlora_of(build("llama").double(), bank, top_k=2)
+    nn.init.normal_(model.base_model.internal_xlora_classifier.layers[-1].weight)
+    seen: list[Tensor] = []
+    given = XLoraLayer.get_maybe_topk_scalings
+
+    def watched(layer: Any, scalings: Tensor) -> Tensor:
+        seen.append(given(layer, scalings))
+        return seen[-1]
+
+    monkeypatch.setattr(XLoraLayer, "get_maybe_topk_scalings", watched)
+    logits(model, inputs_for("llama"))
+    weights = seen[-1]
+    assert weights.shape == (3, 7, 3)
+    assert len(weights.flatten(0, 1).unique(dim=0)) == 21
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 7, dtype=weights.dtype), rtol=1e-6, atol=0)
+    assert ((weights > 0).sum(-1) == 2).all()
+
+
+def test_disabled_it_is_the_base_model(bank: dict[str, Path]) -> None:
+    model = xlora_of(build("llama").double(), bank)
+    inputs = inputs_for("llama")
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(build("llama").double(), inputs))
+
+
 def test_tokens_do_not_see_each_other_across_rows(bank: dict[str, Path]) -> None:
     model = xlora_of(build("llama").double(), bank, top_k=2)
     inputs = {name: value for name, value in inputs_for("llama").items() if name != "labels"}

@@ -72,7 +72,18 @@ def test_one_block_is_a_top_1_mixture_of_gate_1() -> None:
     router = _router(1)
     x = torch.randn(20, I, dtype=torch.float64)
     winner = (torch.sigmoid(x @ router.weight.T) + router.bias).argmax(-1)
-    assert torch.allclose(router(x).weights, torch.nn.functional.one_hot(winner, E).double(), rtol=1e-12)
+    weights = router(x).weights
+    assert torch.allclose(weights, torch.nn.functional.one_hot(winner, E).double(), rtol=1e-12)
+    # Blocks of g ranks that share one score, with scale alpha / K for K = g active ranks.
+    g, alpha = 3, 16.0
+    a, b = torch.randn(E * g, I, dtype=torch.float64), torch.randn(4, E * g, dtype=torch.float64)
+    wanted = torch.stack(
+        [
+            alpha / g * b[:, e * g : e * g + g] @ (a[e * g : e * g + g] @ token)
+            for token, e in zip(x, winner, strict=True)
+        ]
+    )
+    assert torch.allclose(naive_delta(x, a, b, weights, [g] * E, [alpha / g] * E), wanted, rtol=1e-11, atol=1e-12)
 
 
 def _step(router: LossFreeRouter, x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 from guilomo.errors import GuilomoError
 from guilomo.layers import ExpertLayout, packed_delta, router_class
 from guilomo.layers.naive import naive_topk_weights
-from guilomo.layers.routers import DenseRouter, FixedRouter, TopKRouter
-from guilomo.layers.routing import Tokens
+from guilomo.layers.routers import ROUTERS, DenseRouter, FixedRouter, TopKRouter, router_options
+from guilomo.layers.routing import Place, Tokens
+from router_cases import CASES
 
 I, E = 9, 5  # noqa: E741
 NONE = Tokens(torch.empty(0))
@@ -76,6 +77,28 @@ def test_gradcheck(kind: type[TopKRouter], top_k: int) -> None:
         return routing.weights, routing.probabilities
 
     assert torch.autograd.gradcheck(weights, (x, router.weight))
+
+
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"fixed", "flylora"}))
+def test_every_router_has_the_gradients_of_finite_differences(name: str) -> None:
+    """Weights and the router's own loss, by x and all parameters, shared ones too. (Two routers have no gradient.)"""
+    experts = 3
+    chosen = {**CASES[name].get("router_options", {}), **({"grad": "unroll"} if name == "sinkhorn" else {})}
+    kind, options = ROUTERS[name], router_options(name, chosen)
+    shared = None if kind.shared_key(experts, I) is None else kind.shared(experts, I, **options).double()
+    router = kind(I, experts, 2, Place(0.5, shared), **options).double().train()
+    parameters = [*router.parameters(), *([] if shared is None else shared.parameters())]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(4, I, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        routing = router.route(router.logits(x), Tokens(x, task=torch.tensor([2, 0, 1, 1])))
+        found = routing.weights, routing.penalty
+        return tuple(t for t in found if t is not None and t.requires_grad)
+
+    assert outputs(x)
+    assert torch.autograd.gradcheck(outputs, (x, *parameters), eps=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [TopKRouter, DenseRouter])

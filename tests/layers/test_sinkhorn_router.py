@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -83,6 +86,21 @@ def test_takes_the_largest_of_the_assignment(cost: str) -> None:
     assert torch.equal(routing.chosen, wanted > 0)
 
 
+def test_the_kept_weights_are_the_nearest_of_so_few_experts() -> None:
+    """Of all distributions over K experts, these have the least KL divergence from the assignment: -log of its mass."""
+    logits = _cost(12)
+    routing = _router(cost="linear").route(logits, Tokens(torch.zeros(12, I)))
+    pi = sinkhorn(logits, 0.5)
+    shares = torch.linspace(0.005, 0.995, 199, dtype=torch.float64)
+    others = torch.stack([shares, 1 - shares], dim=-1)
+    for row, weights, chosen in zip(pi / pi.sum(-1, keepdim=True), routing.weights, routing.chosen, strict=True):
+        ours = (weights[chosen] * (weights[chosen] / row[chosen]).log()).sum()
+        assert ours.item() == pytest.approx(-math.log(row[chosen].sum().item()), rel=1e-9)
+        for pair in itertools.combinations(range(E), 2):
+            divergences = (others * (others / row[list(pair)]).log()).sum(-1)
+            assert (divergences >= ours - 1e-9).all()
+
+
 def test_gradients() -> None:
     logits = _cost().requires_grad_()
     detached = _router().route(logits, Tokens(torch.zeros(30, I)))
@@ -116,6 +134,14 @@ def test_the_coin_is_drawn_with_its_chance_and_repeats_with_its_seed() -> None:
     first = sides()
     assert 70 <= sum(first) <= 130
     assert first == sides()
+
+
+def test_balanced_marginals_do_not_balance_the_choices() -> None:
+    """Why loads are reported, and not read off the assignment."""
+    logits = _cost(200)
+    load = _router(cost="linear").route(logits, Tokens(torch.zeros(200, I))).chosen.sum(0)
+    assert torch.allclose(sinkhorn(logits, 0.5).sum(0), torch.full((E,), 200 / E, dtype=torch.float64), rtol=1e-3)
+    assert load.max() - load.min() > 5
 
 
 def test_a_collapsed_router_spreads_its_load() -> None:

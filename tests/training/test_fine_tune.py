@@ -168,6 +168,26 @@ def test_a_stopped_training_continues_to_the_same_bits(job: Run, tmp_path: Path,
     assert found.health == wanted.health
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router": "sinkhorn", "router_options": {"q": 0.5}, "balance_loss": None},
+        {"shared_a": True, "drop_connect": 0.3},
+    ],
+    ids=["SSR", "MoSLD"],
+)
+def test_methods_that_draw_continue_to_the_same_bits(job: Run, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Coins and masks drawn after a stop are those that an unbroken training draws."""
+    whole = adapted(job, **options)
+    fine_tune(whole, job.task, CONFIG, tmp_path / "whole", seed=5)
+    asks = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        fine_tune(adapted(job, **options), job.task, CONFIG, tmp_path / "cut", seed=5, should_stop=lambda: next(asks))
+    again = adapted(job, **options)
+    fine_tune(again, job.task, CONFIG, tmp_path / "cut", seed=5)
+    assert equal(weights(again), weights(whole))
+
+
 def test_a_finished_training_is_taken_up_as_it_is(job: Run, tmp_path: Path) -> None:
     """Trainer itself would take one more step, here at a constant rate."""
     first, second = adapted(job), adapted(job)

@@ -165,6 +165,25 @@ def test_flylora_with_all_ranks_is_lora_with_a_frozen_projection() -> None:
     assert torch.allclose(layer(x), layer.base_layer(x) + scale * x @ a.T @ b.T, rtol=1e-11)
 
 
+def test_flylora_adapters_of_one_projection_average_exactly() -> None:
+    """Where all ranks are chosen, what adapters of one seed change has the mean of their B as its mean."""
+
+    def change(model: PeftModel, x: torch.Tensor) -> torch.Tensor:
+        layer = _layers(model)[0]
+        return layer(x) - layer.base_layer(x)
+
+    x = torch.randn(4, 32, dtype=torch.float64)
+    for seeds, exact in (((0, 0), True), ((0, 1), False)):
+        tasks = [
+            attach(build("llama").double(), **options_of("flylora", top_k=3, router_options={"seed": s})).double()
+            for s in seeds
+        ]
+        wanted = (change(tasks[0], x) + change(tasks[1], x)) / 2
+        merged, other = (_layers(model)[0].molora_B["default"] for model in tasks)
+        merged.data.add_(other.data).div_(2)
+        assert torch.allclose(change(tasks[0], x), wanted, rtol=1e-10, atol=1e-12) == exact
+
+
 def test_flylora_parameters() -> None:
     """r d_out in every module: neither A nor a router."""
     model = attach(build("llama"), **options_of("flylora"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from adapter_tools import attach, gradients, logits, reload, train_a_step
@@ -90,6 +91,39 @@ def test_layer_equals_the_naive_reference(router: str, path: str) -> None:
             if other is None
             else torch.allclose(one, other, rtol=1e-11, atol=1e-12 * float(other.abs().max()))
         )
+
+
+@EVERY
+def test_starts_at_the_base_model_and_is_it_when_disabled(router: str) -> None:
+    """To the last bit, in training too."""
+    inputs = with_tasks(router, inputs_for("llama"))
+    base = build("llama")
+    wanted = logits(base, inputs_for("llama"))
+    model = attach(build("llama"), **options_of(router, init_lora_weights=True))
+    assert torch.equal(logits(model, inputs), wanted)
+    with torch.no_grad():
+        assert torch.equal(model.train()(**inputs).logits, base.train()(**inputs_for("llama")).logits)
+    _move(model)
+    assert not torch.equal(logits(model, inputs), wanted)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), wanted)
+
+
+@EVERY
+def test_one_expert_is_peft_lora(router: str) -> None:
+    """Whatever the router, a single expert has gate 1."""
+    given = {"router_options": {"weights": [1.0]}} if router == "fixed" else {}
+    options = options_of(router, num_experts=1, top_k=1, r=2, lora_alpha=8, **given)
+    ours = attach(build("llama"), **options)
+    targets = sorted(ours.peft_config["default"].target_modules)
+    theirs = get_peft_model(build("llama"), LoraConfig(r=2, lora_alpha=8, target_modules=targets))
+    there = dict(theirs.named_modules())
+    for layer in _layers(ours):
+        lora = there[f"base_model.model.{layer.name}"]
+        lora.lora_A["default"].weight.data.copy_(layer.molora_A["default"])
+        lora.lora_B["default"].weight.data.copy_(layer.molora_B["default"])
+    inputs = inputs_for("llama")
+    assert torch.equal(logits(ours, with_tasks(router, inputs)), logits(theirs, inputs))
 
 
 @EVERY
@@ -205,6 +239,38 @@ def test_the_order_of_the_experts_does_not_matter(router: str) -> None:
     assert torch.allclose(logits(model, inputs), wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("router", ["dense", "fixed", "task", "lora_mixer", "top_p"])
+def test_an_expert_split_into_two_halves_changes_nothing(router: str, path: str) -> None:
+    """Where all experts take part, one of weight p is two copies of weight p / 2."""
+    options = options_of(router, target_modules=["lin"], balance_loss=None, router_loss_coefficient=0.0)
+    if router == "top_p":
+        options["router_options"] = {"mass": 1.0}
+    one = attach(OneLinear(), **{**options, "rank_pattern": {"lin": [3, 1, 5]}}).double().train()
+    if router == "fixed":
+        options["router_options"] = {"weights": [0.25, 0.25, 0.2, 0.3]}
+    two = attach(OneLinear(), **{**options, "rank_pattern": {"lin": [3, 3, 1, 5]}}).double().train()
+    before, after = next(_layers(one)), next(_layers(two))
+    a, b = before.molora_A["default"], before.molora_B["default"]
+    x = torch.randn(3, 5, 13, dtype=torch.float64)
+    x[..., -1] = 1.0
+    with torch.no_grad():
+        after.base_layer.load_state_dict(before.base_layer.state_dict())
+        after.molora_A["default"].copy_(torch.cat([a[:3], a]))
+        after.molora_B["default"].copy_(torch.cat([b[:, :3], b], dim=1))
+        if router == "task":
+            before.molora_router["default"].embedding[:, -1] = 1.0
+            after.molora_router["default"].embedding.copy_(before.molora_router["default"].embedding)
+        if router != "fixed":
+            scores = before.molora_router["default"].weight
+            halved = after.molora_router["default"].weight
+            halved.copy_(torch.cat([scores[:1], scores]))
+            halved[:2, -1] -= math.log(2)  # the last number that they read is 1: log p - log 2
+    keyword = {"router_task_ids": TASKS} if router in TASKED else {}
+    wanted = one(x, **keyword)
+    assert (wanted - before.base_layer(x)).abs().max() > 1e-3
+    assert torch.allclose(two(x, **keyword), wanted, rtol=1e-11, atol=1e-12)
+
+
 @EVERY
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
 def test_recomputation_changes_nothing(router: str, mode: str) -> None:
@@ -287,8 +353,6 @@ def test_a_search_says_what_would_work(router: str) -> None:
 
 
 def _search(router: str, config: SearchConfig) -> SearchMixture:
-    from peft import get_peft_model
-
     options = options_of(router, target_modules="all-linear")
     mixture = search_sized(config, **options)
     return SearchMixture.of(get_peft_model(build("llama"), mixture), config)

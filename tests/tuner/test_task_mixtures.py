@@ -112,6 +112,7 @@ def test_second_stage_goes_on_with_the_first(tmp_path: Path) -> None:
     config.router_options = {"stage": "soft"}
     config.balance_loss = "divergence"
     again = reload(build("llama"), tmp_path, config=config, is_trainable=True)
+    assert preservation_loss(again, expert_weights(model)).item() == 0.0, "experts start where the first stage ended"
     train_only(again, "router")
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
     assert trained

@@ -1,5 +1,6 @@
 """Evaluation: scoring models on tasks, and statistics that say how sure a score or a difference is."""
 
+from .agreement import RoutingAgreement, routing_agreement
 from .lm_eval import run_lm_eval
 from .scoring import Evaluation, evaluate
 from .statistics import (
@@ -20,6 +21,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "McNemar",
+    "RoutingAgreement",
     "Score",
     "bootstrap",
     "bootstrap_counts",
@@ -28,6 +30,7 @@ __all__ = [
     "mcnemar",
     "paired_difference",
     "paired_runs",
+    "routing_agreement",
     "run_lm_eval",
     "t_interval",
     "wilson",
