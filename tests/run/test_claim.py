@@ -14,6 +14,7 @@ SAVED: dict[str, Any] = {
     "methods": [{"name": "lora", "options": {}}, {"name": "mola", "options": {"groups": [2, 4]}}],
     "tasks": [{"name": "cola"}],
     "seeds": [3, 1],
+    "sweep": {"learning_rates": [0.01, 0.1]},
     "train": {"epochs": 1},
 }
 
@@ -30,6 +31,7 @@ def claim(resume: bool = True, **changes: object) -> None:
         {"methods": SAVED["methods"][::-1]},
         {"tasks": [{"name": "rte"}, {"name": "cola"}]},
         {"seeds": [3, 2, 1]},
+        {"sweep": {"learning_rates": [1.0, 0.1, 0.01]}},
     ],
 )
 def test_what_is_added_is_no_change(changes: dict[str, Any]) -> None:
@@ -43,7 +45,9 @@ def test_what_is_added_is_no_change(changes: dict[str, Any]) -> None:
         ({"methods": [SAVED["methods"][0], {"name": "mola", "options": {}}]}, r"mola.options.groups: \[2, 4\] there"),
         ({"tasks": []}, r"tasks.cola: .* there, None now"),
         ({"seeds": [1, 3]}, r"first seed: 3 there, 1 now"),
-        ({"seeds": [3]}, r"seeds.1: True there, None now"),
+        ({"seeds": [3]}, r"seeds.1: 'present' there, None now"),
+        ({"sweep": {"learning_rates": [0.1, 1.0]}}, r"learning rates.0.01: 'present' there, None now"),
+        ({"sweep": {"learning_rates": []}}, r"swept: True there, False now"),
         ({"train": {"epochs": 2}}, r"train.epochs: 1 there, 2 now"),
     ],
 )

@@ -199,3 +199,35 @@ def test_the_random_control_sweeps_the_plan_of_its_first_seed(colour_recipe: Any
     plans = [Allocation.load(folder / name / "allocation.json") for name in names]
     assert plans[0] == plans[1] == plans[2]
     assert plans[2] != plans[3]
+
+
+@pytest.mark.parametrize(("added", "trained"), [(5e-3, 2), (1e-6, 1)], ids=["better", "worse"])
+def test_added_rates_lead_to_what_all_of_them_give(
+    added: float, trained: int, bert_folder: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A better rate is trained for the sweep and for the other seed; a worse one for the sweep alone."""
+    monkeypatch.setattr("guilomo.run.pipeline.write_report", lambda results, path: None)
+    task = {"kind": "classification", "source": str(colours), "name": "colours"}
+
+    def make(folder: str, rates: list[float]) -> Run:
+        changes = {**CHANGES, "sweep": {"learning_rates": rates}, "methods": ["lora"]}
+        return run_of(recipe(bert_folder, task, tmp_path / folder, **changes))
+
+    first, grid = make("grown", [1e-5, 1e-3]), [1e-5, 1e-3, added]
+    first.prepare(resume=False)
+    first.all()
+    fits: list[float] = []
+    original = Run.fit
+
+    def counted(self: Run, method: Any, seed: int, rate: float, folder: Path, stage: str) -> Any:
+        fits.append(rate)
+        return original(self, method, seed, rate, folder, stage)
+
+    monkeypatch.setattr(Run, "fit", counted)
+    grown = make("grown", grid)
+    grown.prepare(resume=True)
+    results = grown.all()
+    assert fits == [added] * trained
+    whole = make("whole", grid).all()
+    assert without_times(results) == without_times(whole)
+    assert not list(grown.config.folder.rglob("*waiting*"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from guilomo.errors import GuilomoError
 
 BY_NAME = ("methods", "tasks")
 """Lists of entries with names."""
-GROWING = (*BY_NAME, "seeds")
+GROWING = (*BY_NAME, "seeds", "learning rates")
 """What may be added to: an entry does not depend on the others."""
 Settings = Mapping[str, Any]
 
@@ -18,8 +18,8 @@ Settings = Mapping[str, Any]
 def refuse_changes(what: str, folder: Path, saved: Settings, present: Settings, resume: bool) -> None:
     """Refuses a folder that was made with other settings, or that is not meant to be continued.
 
-    Methods, tasks and seeds may be added, since every training depends on its own alone. What was there must be there
-    still and be as it was, and so must the first seed, which the learning rates are chosen with.
+    Methods, tasks, seeds and the learning rates of a sweep may be added, since every training depends on its own alone.
+    What was there must be there still and be as it was, and so must the first seed, which the rates are chosen with.
 
     Args:
         what: "run" or "comparison".
@@ -42,12 +42,19 @@ def refuse_changes(what: str, folder: Path, saved: Settings, present: Settings, 
 
 
 def _by_name(settings: Settings) -> dict[str, Any]:
-    """Settings in which entries with names do not depend on their order, nor seeds, but for the first."""
+    """Settings in which the order of entries does not count, but for the first seed."""
     found = dict(settings)
     for key in BY_NAME:
         found[key] = {entry["name"]: entry for entry in settings.get(key, [])}
     first, *others = settings["seeds"]
-    return {**found, "first seed": first, "seeds": dict.fromkeys(map(str, others), True)}
+    rates = settings["sweep"]["learning_rates"]
+    # With no sweep, trainings were at another rate, and on the held-out rows too.
+    found |= {"first seed": first, "swept": bool(rates), "sweep": dict(settings["sweep"], learning_rates=None)}
+    return {**found, "seeds": _present(others), "learning rates": _present(rates)}
+
+
+def _present(values: Iterable[float]) -> dict[str, str]:
+    return {str(value): "present" for value in values}
 
 
 def _without_additions(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:

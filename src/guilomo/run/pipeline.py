@@ -47,7 +47,7 @@ from guilomo.run.methods import (
 from guilomo.run.model import load_model, load_tokenizer
 from guilomo.run.records import score_record, training_record
 from guilomo.run.searches import search_config, search_folder
-from guilomo.run.sweep import learning_rate, take_over
+from guilomo.run.sweep import learning_rate, reopen, take_over, waiting_result
 from guilomo.run.trained import save_trained, trained_parameters
 from guilomo.search import Search, carry_weights
 from guilomo.search.distributed import rank
@@ -116,6 +116,8 @@ class Run:
             refuse_changes("run", self.config.folder, read_json(path), present, resume)
         if rank() == 0:
             write_json(path, present)
+            for method in self.config.methods:
+                reopen(self, method)
 
     def search(self, seed: int | None = None) -> Allocation:
         """The searched allocation; runs or continues the search if it is not there yet.
@@ -181,6 +183,8 @@ class Run:
             return found
         self.claim_for_data(folder)
         stage, rate = f"{method.name} seed {seed}", learning_rate(self, method)
+        if (waited := waiting_result(folder, rate)) is not None:
+            return waited
         if self.config.sweep.learning_rates and seed == self.config.seeds[0]:
             model, training = take_over(self, method, rate, folder)
         else:

@@ -2,11 +2,13 @@
 
 methods/NAME/sweep/lr-RATE/  allocation.json, adapter/ and held_out.json of one training with the first seed
 methods/NAME/sweep.json      every rate with its held-out loss, and the chosen one
+methods/NAME/seed-S/result.waiting.json   a result at the rate that was chosen before rates were added
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +28,8 @@ from guilomo.training import DivergedError
 if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
 
+WAITING = "result.waiting.json"
+
 
 def learning_rate(run: Run, method: MethodConfig) -> float:
     """The rate a method is trained at: that of the recipe, or the sweep's choice, for which this runs the sweep.
@@ -34,7 +38,7 @@ def learning_rate(run: Run, method: MethodConfig) -> float:
         GuilomoError: the task has no held-out rows, or the training diverged at every rate.
         Interrupted: the run was asked to stop; finished rates are kept.
     """
-    if not run.config.sweep.learning_rates:
+    if not _rates(run):
         return run.config.train.learning_rate
     path = sweep_file(run, method)
     if path.exists():
@@ -46,13 +50,40 @@ def learning_rate(run: Run, method: MethodConfig) -> float:
             "task.held_out_fraction, or leave sweep.learning_rates empty."
         )
     else:
-        found = _choice(run, method, [_cell(run, method, rate) for rate in run.config.sweep.learning_rates])
+        found = _choice(run, method, [_cell(run, method, rate) for rate in _rates(run)])
         write_json(path, found)
     return float(found["chosen"])
 
 
 def sweep_file(run: Run, method: MethodConfig) -> Path:
     return run.config.folder / "methods" / method.name / "sweep.json"
+
+
+def reopen(run: Run, method: MethodConfig) -> None:
+    """Opens a finished choice again where rates were added to the recipe; the results at the old one wait for it."""
+    path = sweep_file(run, method)
+    if not path.exists() or {r["learning_rate"] for r in read_json(path)["rates"]} == set(_rates(run)):
+        return
+    for result in path.parent.glob("seed-*/result.json"):
+        os.replace(result, result.with_name(WAITING))
+    path.unlink()
+
+
+def waiting_result(folder: Path, rate: float) -> dict[str, Any] | None:
+    """The result that waits in a folder, if it is at the chosen rate, put back; one at another rate is deleted."""
+    waiting = folder / WAITING
+    if not waiting.exists():
+        return None
+    found: dict[str, Any] = read_json(waiting)
+    if found["learning_rate"] == rate:
+        os.replace(waiting, folder / "result.json")
+        return found
+    waiting.unlink()
+    return None
+
+
+def _rates(run: Run) -> list[float]:
+    return run.config.sweep.learning_rates
 
 
 def take_over(run: Run, method: MethodConfig, rate: float, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -112,7 +143,7 @@ def _held_out_loss(run: Run, model: nn.Module, stage: str) -> float:
 def _choice(run: Run, method: MethodConfig, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """The rate of the lowest held-out loss, and whether a better one may lie beyond the grid."""
     losses: dict[float, float] = {c["learning_rate"]: c["loss"] for c in cells if c["loss"] is not None}
-    rates = run.config.sweep.learning_rates
+    rates = _rates(run)
     if not losses:
         reasons = " ".join(f"{c['learning_rate']}: {c['diverged']}" for c in cells)
         raise GuilomoError(
