@@ -8,12 +8,15 @@ benchmarks/results/comparisons/NAME.json.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.family_notes import AFTER, BEFORE, HEAD
+from benchmarks.family_notes import AFTER, BEFORE, GLUE, HEAD
 from benchmarks.recipe_results import ROOT, results_in
+from guilomo.compare.results import ALPHA
+from guilomo.evaluation.ranks import above_share
 from guilomo.files import replacing
 from guilomo.report.family import plot_costs, plot_differences, plot_ranks, render_comparison
 from guilomo.report.family.reading import tasks_of
@@ -21,6 +24,7 @@ from guilomo.report.family.rows import method_rows, task_rows
 
 PAGE = ROOT / "docs" / "family.md"
 DPI = 110
+GLUE_TASKS = ("mrpc", "cola", "rte")
 PICTURES = {
     "differences": (plot_differences, "Every method's difference to plain LoRA, with intervals"),
     "step": (partial(plot_costs, what="step"), "Quality against step time"),
@@ -30,7 +34,28 @@ PICTURES = {
 
 def page(results: dict[str, dict[str, Any]]) -> str:
     """The text of the page."""
-    return HEAD + "\n" + "\n".join(section(name, found) for name, found in results.items()) + "\n" + AFTER
+    sections = [section(name, found) for name, found in results.items()]
+    return "\n".join([HEAD, *sections, GLUE, *glue_table(results_in("recipes")), "", AFTER])
+
+
+def glue_table(recipes: dict[str, dict[str, Any]]) -> list[str]:
+    """Whether the best row of a shipped recipe is above naming the most frequent class, by the exact binomial test."""
+    lines = [
+        "| task | chance | best row | p, times the number of rows | above chance? |",
+        "| --- | ---: | --- | ---: | --- |",
+    ]
+    for task in GLUE_TASKS:
+        found = recipes[task]
+        best = max(found["methods"], key=lambda method: method["summary"]["accuracy"]["mean"])
+        score, chance = best["summary"]["accuracy"], found["data"]["chance"]
+        right = math.floor(score["mean"] * score["n"])
+        p = min(1.0, above_share(right, score["n"], chance) * len(found["methods"]))
+        says = "yes" if p < ALPHA else "**no**"
+        lines.append(
+            f"| {task} | {100 * chance:.1f} | {best['label']}, {100 * score['mean']:.1f} of {score['n']} rows, "
+            f"{score['seeds']} seeds | {p:.2g} | {says} |"
+        )
+    return lines
 
 
 def section(name: str, found: dict[str, Any]) -> str:
