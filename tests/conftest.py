@@ -7,6 +7,8 @@ import os
 # Before any import of huggingface_hub: saving an adapter would otherwise ask the Hub about the base model.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For the processes that tests start: several tests run side by side, and each has one core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
