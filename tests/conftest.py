@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before any import of huggingface_hub: saving an adapter would otherwise ask the Hub about the base model.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For the processes that tests start: several tests run side by side, and each has one core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,15 @@ from guilomo.layers.paths import PATHS, using
 
 # The matrices are tiny: more threads cost more than they save, and one thread makes sums repeatable.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Every training of a `Trainer` ends with a full garbage collection, which would take longer than a tiny training.
+
+    Frozen, the modules, classes and tests that are there anyway are not looked through each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

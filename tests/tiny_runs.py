@@ -192,11 +192,16 @@ def without_times(value: Any) -> Any:
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+def quicken_page(patch: pytest.MonkeyPatch) -> None:
+    """Drawing a page takes longer than a tiny run."""
+    patch.setattr("guilomo.run.pipeline.write_report", lambda results, path: path.write_text("a page"))
+
+
 @pytest.fixture(autouse=True)
 def quick_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a page takes longer than a tiny run; tests of the page ask for `real_page`."""
+    """No page is drawn; tests of the page ask for `real_page`."""
     if "real_page" not in request.fixturenames:
-        monkeypatch.setattr("guilomo.run.pipeline.write_report", lambda results, path: path.write_text("a page"))
+        quicken_page(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -35,15 +35,15 @@ def test_the_table_and_the_verdict_are_printed(path: str, capsys: pytest.Capture
 
 
 def test_json_is_all_that_is_printed(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", path, "--json", "--methods", "lora"]) == 0
+    assert main(["compare", path, "--json", "--methods", "lora", "--set", "measure_costs=false"]) == 0
     results: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert [method["name"] for method in results["methods"]] == ["lora"]
     assert results == json.loads((tmp_path / "out" / "compare.json").read_text())
 
 
 def test_options_replace_keys(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--methods", "lora,uniform", "--seeds", "4", "--budget", "9000", "--set", f"output={tmp_path / 'other'}"]
-    assert main(["compare", path, "--json", *options]) == 0
+    options = ["--methods", "lora,uniform", "--seeds", "4", "--budget", "9000", "--set", "measure_costs=false"]
+    assert main(["compare", path, "--json", *options, "--set", f"output={tmp_path / 'other'}"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["seeds"] == [4]
     assert {task["budget"] for task in results["tasks"]} == {9000}

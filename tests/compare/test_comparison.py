@@ -125,14 +125,28 @@ def test_a_finished_comparison_is_only_shown(finished: Finished) -> None:
         job_of(other).prepare(resume=True)
 
 
-@pytest.mark.parametrize(
-    ("stage", "steps"),
-    [
-        ("all: lora lr 0.01", 2),
-        pytest.param("few: search", 2, marks=pytest.mark.slow),
-        pytest.param("few: uniform seed 1", 3, marks=pytest.mark.slow),
-    ],
-)
+def test_a_stopped_sweep_continues_to_the_same_numbers(
+    finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Of two methods on one task: fewer trainings than below, and no search."""
+    content = comparison(bert_folder, colours, tmp_path / "out", methods=["lora", "uniform"], measure_costs=False)
+    content["tasks"] = content["tasks"][1:]
+    job = job_of(content, StopAfter("few: lora lr 0.01", 2))
+    job.prepare(resume=False)
+    with pytest.raises(Interrupted):
+        job.run()
+    partial = read_json(job.results_file)
+    assert partial["status"] == "partial"
+    assert any("provisional" in sentence for sentence in partial["verdict"])
+    results = finish(content, resume=True).results
+    assert results["status"] == "complete"
+    for method in ("lora", "uniform"):
+        found, wanted = (numbers(entry(r, method, "few")) for r in (results, finished.results))
+        assert (found["cells"], found["sweep"]) == (wanted["cells"], wanted["sweep"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "steps"), [("all: lora lr 0.01", 2), ("few: search", 2), ("few: uniform seed 1", 3)])
 def test_a_stopped_comparison_continues_to_the_same_numbers(
     finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path, stage: str, steps: int
 ) -> None:

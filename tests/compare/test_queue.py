@@ -69,6 +69,18 @@ def age_heartbeats(board: Board) -> None:
         connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 day')")
 
 
+def await_heartbeat(board: Board) -> None:
+    """Returns when a heartbeat is new; on a busy machine one may come late."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with sqlite3.connect(board.config.folder / "queue.db") as connection:
+            query = "SELECT count(*) FROM trial_heartbeats WHERE heartbeat > datetime('now', '-1 hour')"
+            if connection.execute(query).fetchone()[0]:
+                return
+        time.sleep(0.05)
+    raise AssertionError("no heartbeat within a minute")
+
+
 def test_many_workers_take_every_cell_once(board: Board, queue: Queue) -> None:
     taken: list[Cell] = []
 
@@ -147,7 +159,7 @@ def test_a_worker_that_lives_keeps_its_cell(board: Board) -> None:
     class Slow(Worker):
         def do(self, cell: Cell) -> None:
             age_heartbeats(board)
-            time.sleep(1.5)  # one beat
+            await_heartbeat(board)
             other = queue_of(board)
             assert cell not in [claim.cell for _ in board.cells if (claim := other.claim())]
             raise Interrupted("enough")

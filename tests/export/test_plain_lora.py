@@ -83,6 +83,7 @@ ALONE = """
 """
 
 
+@pytest.mark.slow
 def test_loads_in_a_process_without_guilomo(tmp_path: Path) -> None:
     """The trained head comes along: the base model on disk has another one."""
     build("bert").save_pretrained(tmp_path / "base")

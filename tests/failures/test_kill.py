@@ -21,7 +21,7 @@ from guilomo.report import write_report
 from guilomo.run.files import read_json
 from guilomo.search import SearchConfig
 from guilomo.training import TrainConfig
-from tiny_runs import recipe, run_of, without_times, write_recipe
+from tiny_runs import quicken_page, recipe, run_of, without_times, write_recipe
 
 pytestmark = [
     needs_fork,
@@ -50,7 +50,7 @@ def whole(bert_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFac
     task = {"kind": "classification", "source": str(colours), "name": "colours"}
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("guilomo.run.pipeline.write_report", lambda results, path: path.write_text("a page"))
+        quicken_page(patch)
         count_steps(folder / "steps", patch.setattr)
         run_of(recipe(bert_folder, task, folder / "run", **EVERY_STEP)).all()
     assert (folder / "steps").stat().st_size == SEARCH + TRAIN

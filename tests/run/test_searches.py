@@ -15,12 +15,12 @@ from guilomo.report import render
 from guilomo.run.files import read_json
 from guilomo.run.searches import agreement
 from guilomo.training import Interrupted
-from tiny_runs import StopAfter, run_of, without_times, write_recipe
+from tiny_runs import StopAfter, quicken_page, run_of, without_times, write_recipe
 
 FAST = {"search": {"seed": 10, "outer_learning_rate": 3.0}}
 
 
-def test_every_seed_has_its_search(colour_recipe: Any, real_page: None) -> None:
+def test_every_seed_has_its_search(colour_recipe: Any) -> None:
     job = run_of(colour_recipe(methods=["guilomo"], seeds=[3, 4], search_per_seed=True, **FAST))
     results = job.all()
     folder, search = job.config.folder, results["search"]
@@ -73,7 +73,12 @@ def test_agreement_is_the_mean_rank_correlation_over_pairs() -> None:
 
 @pytest.mark.parametrize("rate", [1e-9, 3.0])
 def test_the_run_says_how_far_the_search_moved(
-    colour_recipe: Any, tmp_path: Path, rate: float, capsys: pytest.CaptureFixture[str], real_page: None
+    colour_recipe: Any,
+    tmp_path: Path,
+    rate: float,
+    capsys: pytest.CaptureFixture[str],
+    real_page: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     content = colour_recipe(methods=["guilomo"], search={"outer_learning_rate": rate})
     path = str(write_recipe(tmp_path / "r.yaml", content))
@@ -87,6 +92,7 @@ def test_the_run_says_how_far_the_search_moved(
     assert ("The search barely moved" in printed) == still
     assert (moved["warning"] is not None) == still
     assert ("The search barely moved" in (Path(content["output"]) / "report.html").read_text()) == still
+    quicken_page(monkeypatch)
     assert main(["run", path, "--resume", "--quiet"]) == 0
     assert ("The search barely moved" in capsys.readouterr().out) == still
 

@@ -153,7 +153,7 @@ def test_data_that_changed_are_noticed_by_the_sweep(colour_recipe: Any, tmp_path
             run_of(content).train(run_of(content).config.methods[0], 5)
 
 
-def test_a_choice_at_the_edge_is_flagged(colour_recipe: Any, real_page: None) -> None:
+def test_a_choice_at_the_edge_is_flagged(colour_recipe: Any) -> None:
     changes = {"methods": ["guilomo", "lora"], "train": TRAIN, "sweep": {"learning_rates": [1e-5, 5e-3]}}
     results = run_of(colour_recipe(**changes)).all()
     assert [m["sweep"]["edge"] for m in results["methods"]] == [True, True]

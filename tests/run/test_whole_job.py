@@ -206,12 +206,12 @@ def test_plain_text_is_scored_by_perplexity(text_recipe: Any) -> None:
 
 
 @pytest.mark.parametrize("router", ["dense", "fixed"])
-def test_other_routers_keep_the_budget(colour_recipe: Any, router: str) -> None:
+def test_routers_that_choose_every_expert_keep_the_budget(colour_recipe: Any, router: str) -> None:
     mixture = {"router": router, "balance_loss": None}
-    job = run_of(colour_recipe(methods=["guilomo", "uniform"], mixture=mixture))
-    results = job.all()
+    results = run_of(colour_recipe(methods=["guilomo", "uniform"], mixture=mixture)).all()
     for method in results["methods"]:
         assert 0.99 * results["budget"]["parameters"] <= method["parameters"] <= results["budget"]["parameters"]
+        assert method["active_parameters"] == method["parameters"]
 
 
 def test_a_run_of_top_1_with_one_expert(colour_recipe: Any) -> None:
@@ -220,13 +220,6 @@ def test_a_run_of_top_1_with_one_expert(colour_recipe: Any) -> None:
     results = run_of(content).all()
     assert config_of(content).search.top_k == 1
     assert results["status"] == "complete"
-
-
-@pytest.mark.parametrize("router", ["dense", "fixed"])
-def test_active_parameters_of_routers_that_choose_every_expert(colour_recipe: Any, router: str) -> None:
-    job = run_of(colour_recipe(methods=["guilomo", "uniform"], mixture={"router": router, "balance_loss": None}))
-    for method in job.all()["methods"]:
-        assert method["active_parameters"] == method["parameters"]
 
 
 def test_balancing_by_layer_works_with_a_searched_plan(colour_recipe: Any) -> None:

@@ -129,7 +129,7 @@ def _joins(number: int, count: int, folder: Path) -> None:
 
 
 def all_cases(number: int, count: int, folder: Path) -> None:
-    """Entry of one process: everything that the tests compare, written to ``NUMBER.pt``."""
+    """Entry of one process: everything that the tests compare, written to ``NUMBER.pt``; then process 1 dies."""
     torch.set_num_threads(1)
     _joins(number, count, folder)
     if number > 0:
@@ -143,7 +143,7 @@ def all_cases(number: int, count: int, folder: Path) -> None:
         "summed": _summed(),
     }
     torch.save(found, folder / f"{number}.pt")
-    dist.destroy_process_group()
+    _one_leaves(number, folder)
 
 
 def _unlike() -> list[Tensor]:
@@ -164,10 +164,8 @@ def _summed() -> list[Tensor | None]:
     return [t.grad for t in tensors]
 
 
-def one_leaves(number: int, count: int, folder: Path) -> None:
-    """Entry of one process: process 1 is gone after two steps; the others note how they ended."""
-    torch.set_num_threads(1)
-    _joins(number, count, folder)
+def _one_leaves(number: int, folder: Path) -> None:
+    """Process 1 is gone after two steps of a search; the others write to ``left NUMBER.pt`` how they ended."""
 
     def leave(step: int, steps: int, text: str) -> None:
         if number == 1 and step == 2:
@@ -177,4 +175,4 @@ def one_leaves(number: int, count: int, folder: Path) -> None:
     try:
         joint_search("log").run(leave)
     except RuntimeError as error:
-        torch.save({"error": str(error), "seconds": time.monotonic() - started}, folder / f"{number}.pt")
+        torch.save({"error": str(error), "seconds": time.monotonic() - started}, folder / f"left {number}.pt")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,23 @@ from guilomo import GuilomoError
 PROCESSES = 2
 
 
-def _spawn(entry: Callable[..., None], folder: Path) -> list[int | None]:
-    """Runs an entry in fresh processes; returns their exit codes."""
-    context = multiprocessing.get_context("spawn")
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[int | None], Path]:
+    """Exit codes of two fresh processes, and what they wrote; both take seconds to start, so all tests share them."""
+    folder, context = tmp_path_factory.mktemp("joint"), multiprocessing.get_context("spawn")
+    entry = joint_searches.all_cases
     jobs = [context.Process(target=entry, args=(i, PROCESSES, folder), daemon=True) for i in range(PROCESSES)]
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
     for job in jobs:
         job.start()
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
     for job in jobs:
         job.join(timeout=300)
-    return [job.exitcode for job in jobs]
+    return [job.exitcode for job in jobs], folder
 
 
 @pytest.fixture(scope="module")
-def joint(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found in all cases."""
-    folder = tmp_path_factory.mktemp("joint")
-    assert _spawn(joint_searches.all_cases, folder) == [0, 0]
-    return [torch.load(folder / f"{i}.pt") for i in range(PROCESSES)]
+def joint(ended: tuple[list[int | None], Path]) -> list[dict[str, Any]]:
+    """What each of the two processes found in all cases."""
+    return [torch.load(ended[1] / f"{i}.pt") for i in range(PROCESSES)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,6 +104,7 @@ def test_processes_that_have_not_joined_are_refused(monkeypatch: pytest.MonkeyPa
         joint_search("log")
 
 
-def test_a_process_that_dies_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
-    assert _spawn(joint_searches.one_leaves, tmp_path) == [0, 3]
-    assert torch.load(tmp_path / "0.pt")["seconds"] < 60
+def test_a_process_that_dies_does_not_leave_the_other_waiting(ended: tuple[list[int | None], Path]) -> None:
+    codes, folder = ended
+    assert codes == [0, 3]
+    assert torch.load(folder / "left 0.pt")["seconds"] < 60
