@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bank_tools import save_bank_of
 from guilomo.adapters import Selection
+from guilomo.cli.adapters import load_adapter
 from guilomo.compare import CompareConfig, Comparison
 from guilomo.errors import GuilomoError
 from guilomo.layers.routers import ROUTERS
@@ -56,6 +57,7 @@ def test_a_row_is_trained_within_the_budget_and_scored(name: str, bank: Path, re
     assert 0 < own["parameters"] <= run.facts["budget"]
     assert own["parameters"] == own["runs"][0]["trained_parameters"]
     assert plain["parameters"] == plain["runs"][0]["trained_parameters"]
+    assert own["parameters"] <= own["active_parameters"]
     chosen = Selection.load(run.config.folder / "methods" / name / "selection.json").chosen
     assert len(chosen) == (2 if name in ("rocket", "loralib") else 3)
 
@@ -88,7 +90,9 @@ def test_a_saved_row_comes_back_to_the_same_bits(name: str, bank: Path, recipe: 
     batch = run.task.collate(run.task.test[:3])
     with torch.no_grad():
         first, second = model.eval()(**batch).logits, again.eval()(**batch).logits
+        opened = load_adapter(run.fresh_model(1), tmp_path / "fitted" / "adapter").eval()(**batch).logits
     assert torch.equal(first, second)
+    assert torch.equal(first, opened)
     save_trained(again, tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "fitted" / "adapter" / "adapter_model.safetensors"

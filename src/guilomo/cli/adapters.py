@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, XLoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from guilomo.adapters import load_xlora
 from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.files import check_adapter
 from guilomo.tuner import LoraMoeConfig
@@ -65,6 +66,8 @@ def load_adapter(model: nn.Module, adapter: Path, argument: str = "--adapter") -
         GuilomoError: the adapter is of another model or task.
     """
     try:
+        if isinstance(adapter_config(adapter), XLoraConfig):
+            return load_xlora(model, adapter)
         return PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:
         if isinstance(error, GuilomoError):

@@ -12,7 +12,7 @@ import guilomo
 from guilomo.allocation import Allocation, RouterCost
 from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
-from guilomo.run.bank_rows import from_bank
+from guilomo.run.bank_rows import XLORA, from_bank
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
 from guilomo.run.methods import router_cost
@@ -133,9 +133,12 @@ def _costs(
         "active_parameters": mean(plan.active_parameters(router) for plan in plans),
         "flops_per_token": mean(plan.flops_per_token(router) for plan in plans),
     }
-    if from_bank(method):
-        costs["parameters"] = max(run["trained_parameters"] for run in runs)
-    return costs
+    if not from_bank(method):
+        return costs
+    trained = max(run["trained_parameters"] for run in runs)
+    if method.strategy == XLORA:  # the classifier beside all adapters
+        costs["active_parameters"] = trained + mean(plan.active_parameters(lambda *_: 0) for plan in plans)
+    return {**costs, "parameters": trained}
 
 
 def _sweep(run: Run, method: MethodConfig) -> dict[str, Any] | None:
