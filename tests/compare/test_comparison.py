@@ -125,19 +125,24 @@ def test_a_finished_comparison_is_only_shown(finished: Finished) -> None:
         job_of(other).prepare(resume=True)
 
 
-def test_a_stopped_sweep_continues_to_the_same_numbers(
-    finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path
-) -> None:
-    """Of two methods on one task: fewer trainings than below, and no search."""
-    content = comparison(bert_folder, colours, tmp_path / "out", methods=["lora", "uniform"], measure_costs=False)
-    content["tasks"] = content["tasks"][1:]
-    job = job_of(content, StopAfter("few: lora lr 0.01", 2))
+def stopped(content: dict[str, Any], stage: str, steps: int) -> None:
+    """Begins a comparison and stops it at a step of a stage."""
+    job = job_of(content, StopAfter(stage, steps))
     job.prepare(resume=False)
     with pytest.raises(Interrupted):
         job.run()
     partial = read_json(job.results_file)
     assert partial["status"] == "partial"
     assert any("provisional" in sentence for sentence in partial["verdict"])
+
+
+def test_a_stopped_sweep_continues_to_the_same_numbers(
+    finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Of two methods on one task: fewer trainings than below, and no search."""
+    content = comparison(bert_folder, colours, tmp_path / "out", methods=["lora", "uniform"], measure_costs=False)
+    content["tasks"] = content["tasks"][1:]
+    stopped(content, "few: lora lr 0.01", 2)
     results = finish(content, resume=True).results
     assert results["status"] == "complete"
     for method in ("lora", "uniform"):
@@ -151,13 +156,7 @@ def test_a_stopped_comparison_continues_to_the_same_numbers(
     finished: Finished, bert_folder: Path, colours: Path, tmp_path: Path, stage: str, steps: int
 ) -> None:
     content = comparison(bert_folder, colours, tmp_path / "out", measure_costs=False)
-    job = job_of(content, StopAfter(stage, steps))
-    job.prepare(resume=False)
-    with pytest.raises(Interrupted):
-        job.run()
-    partial = read_json(job.results_file)
-    assert partial["status"] == "partial"
-    assert any("provisional" in sentence for sentence in partial["verdict"])
+    stopped(content, stage, steps)
     results = finish(content, resume=True).results
     wanted = {**numbers(finished.results), "config": numbers(results)["config"]}
     assert numbers(results) == wanted
