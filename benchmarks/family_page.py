@@ -34,7 +34,7 @@ PICTURES = {
 
 def page(results: dict[str, dict[str, Any]]) -> str:
     """The text of the page."""
-    sections = [section(name, found) for name, found in results.items()]
+    sections = [section(name, results[name]) for name in BEFORE if name in results]
     return "\n".join([HEAD, *sections, GLUE, *glue_table(results_in("recipes")), "", AFTER])
 
 
@@ -79,9 +79,14 @@ def section(name: str, found: dict[str, Any]) -> str:
         "",
         *methods_table(found),
         "",
-        *[f"![{text}](family/{name}-{what}.png)\n" for what, (_, text) in PICTURES.items()],
+        *[f"![{PICTURES[what][1]}](family/{name}-{what}.png)\n" for what in shown(found)],
     ]
     return "\n".join(lines)
+
+
+def shown(found: dict[str, Any]) -> list[str]:
+    """The pictures there is something in: ranks are over the tasks that count."""
+    return [what for what in PICTURES if what != "ranks" or found["friedman"]]
 
 
 def tasks_table(found: dict[str, Any]) -> list[str]:
@@ -121,8 +126,8 @@ def _cell(cell: dict[str, Any]) -> str:
 def write_pictures(name: str, found: dict[str, Any], folder: Path) -> None:
     """The comparison's pictures as PNG, and its page."""
     folder.mkdir(parents=True, exist_ok=True)
-    for what, (draw, _) in PICTURES.items():
-        draw(found).savefig(folder / f"{name}-{what}.png", dpi=DPI)
+    for what in shown(found):
+        PICTURES[what][0](found).savefig(folder / f"{name}-{what}.png", dpi=DPI)
     content = render_comparison(found).encode()
     with replacing(folder / f"{name}.html", len(content)) as unfinished:
         unfinished.write_bytes(content)

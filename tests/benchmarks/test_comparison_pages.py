@@ -42,6 +42,24 @@ def test_all_rows_are_of_one_budget(name: str) -> None:
             assert entry["parameters"] <= budgets[task], (method["name"], task)
 
 
+def test_the_words_above_the_tables_are_those_of_the_tests() -> None:
+    found = FOUND["family-minilm"]
+    sure = {(t["task"], t["metric"], t["difference"] > 0): set() for t in found["tests"]}
+    for test in found["tests"]:
+        if test["p_corrected"] < 0.05:
+            sure[test["task"], test["metric"], test["difference"] > 0].add(test["method"])
+    assert {key: names for key, names in sure.items() if names} == {
+        ("sst2", "loss", False): {"uniform", "guilomo", "ld_mole", "adamole", "ssr", "mixlora"},
+        ("docstrings", "accuracy", True): {"flylora"},
+        ("docstrings", "loss", True): {"adamole", "lora_mixer"},
+    }
+    assert found["friedman"]["p"] > 0.05
+    leads = {t["method"]: t["difference"] for t in found["tests"] if (t["task"], t["metric"]) == ("sst2", "loss")}
+    assert leads["uniform"] < leads["guilomo"] < 0
+    worse = {t["method"] for t in FOUND["options-stories"]["tests"] if t["p_corrected"] < 0.05 and t["difference"] > 0}
+    assert worse >= {"meteora", "rocket", "perplexity", "drawn", "xlora"}
+
+
 def test_a_cell_says_what_is_beyond_noise_and_what_is_missing() -> None:
     cell: dict[str, Any] = {"value": "81.0 %", "interval": "[78, 84]", "outcome": "better", "alarm": "", "missing": ""}
     assert family_page._cell(cell) == "**better** 81.0 % [78, 84]"

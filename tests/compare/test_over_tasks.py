@@ -68,28 +68,37 @@ def test_friedman_is_over_tasks_and_seeds() -> None:
     assert found["mean_ranks"] == {"lora": 3.0, "a": 1.25, "b": 1.75}
 
 
-def hits(label: str, *seeds: list[bool]) -> dict[str, Any]:
-    return {"label": label, "rows": [{"correct": correct} for correct in seeds]}
+def hits(label: str, right: int, n: int = 20, metric: str = "accuracy") -> dict[str, Any]:
+    return {"label": label, "summary": {metric: {"mean": right / n, "n": n}}}
 
 
 def test_chance_is_compared_with_the_best_row_and_their_number() -> None:
-    rows = [hits("good", [True] * 16 + [False] * 4), hits("bad", [True] * 10 + [False] * 10)]
-    above, note = _above_chance(0.5, rows, generated=False)
+    rows = [hits("good", 16), hits("bad", 10)]
+    above, note = _above_chance(0.5, rows, "accuracy", generated=False)
     p = 2 * stats.binomtest(16, 20, 0.5, alternative="greater").pvalue
     assert above is True
     assert "good, has 16 of 20" in note
     assert f"p = {p:.2g}" in note
     # With ten rows the same best one is not enough: 10 x 0.0059.
-    above, _ = _above_chance(0.5, rows + [hits(f"bad {i}", [False] * 20) for i in range(8)], generated=False)
+    above, _ = _above_chance(0.5, [*rows, *(hits(f"bad {i}", 0) for i in range(8))], "matthews", generated=False)
     assert above is False
+
+
+def test_chance_is_met_per_character_where_that_is_the_metric() -> None:
+    row = hits("a", 18, metric="accuracy_per_character")
+    row["summary"]["accuracy"] = {"mean": 0.4, "n": 20}
+    above, note = _above_chance(0.5, [row], "accuracy_per_character", generated=False)
+    assert above is True
+    assert "18 of 20 test rows right on average over its seeds, by likelihood per character" in note
+    assert _above_chance(0.5, [row], "accuracy", generated=False)[0] is False
 
 
 @pytest.mark.parametrize(
     ("chance", "rows", "generated"),
-    [(None, [hits("a", [True])], False), (0.5, [hits("a", [True])], True), (0.5, [], False)],
+    [(None, [hits("a", 1)], False), (0.5, [hits("a", 1)], True), (0.5, [], False)],
 )
 def test_without_an_accuracy_chance_is_not_tested(chance: float | None, rows: list[Any], generated: bool) -> None:
-    above, note = _above_chance(chance, rows, generated)
+    above, note = _above_chance(chance, rows, "accuracy", generated)
     assert above is None
     assert "Not tested" in note
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import mean
 from typing import Any
 
@@ -72,7 +73,7 @@ def rows_of(board: Board) -> Rows:
 
 def _task(board: Board, name: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     metric = board.runs[name].evaluation.metric or leading_metric(rows)
-    above, note = _above_chance(facts["chance"], rows, generated=board.runs[name].evaluation.generate)
+    above, note = _above_chance(facts["chance"], rows, metric, generated=board.runs[name].evaluation.generate)
     return {
         "name": name,
         "kind": facts["data"]["kind"],
@@ -87,21 +88,25 @@ def _task(board: Board, name: str, facts: dict[str, Any], rows: list[dict[str, A
     }
 
 
-def _above_chance(chance: float | None, rows: list[dict[str, Any]], generated: bool) -> tuple[bool | None, str]:
+def _above_chance(
+    chance: float | None, rows: list[dict[str, Any]], metric: str, generated: bool
+) -> tuple[bool | None, str]:
     """Whether the best row is right more often than chance is, and how that was decided.
 
-    The best of several rows is looked at because it was the best, so the p-value is multiplied by their number.
+    What is right is said by the likelihood per character where that is the task's metric. The best of several rows is
+    looked at because it was the best, so the p-value is multiplied by their number.
     """
-    hits = {row["label"]: row_hits(row["rows"]) for row in rows if row["rows"]}
-    scored = {label: found for label, found in hits.items() if found is not None}
+    name, by = (metric, ", by likelihood per character") if metric == "accuracy_per_character" else ("accuracy", "")
+    scored = {row["label"]: row["summary"][name] for row in rows if name in row["summary"]}
     if chance is None or generated or not scored:
         return None, "Not tested: there is no accuracy to compare with chance."
-    best = max(scored, key=lambda label: float(scored[label].mean()))
-    right, n = int(np.floor(scored[best].sum(axis=1).mean())), scored[best].shape[1]
+    best = max(scored, key=lambda label: float(scored[label]["mean"]))
+    n = scored[best]["n"]
+    right = math.floor(scored[best]["mean"] * n + 1e-6)
     p = min(1.0, above_share(right, n, chance) * len(scored))
     note = (
-        f"The best row, {best}, has {right} of {n} test rows right on average over its seeds; chance has {chance:.1%}. "
-        f"Exact one-sided binomial test, times {len(scored)} rows: p = {p:.2g}."
+        f"The best row, {best}, has {right} of {n} test rows right on average over its seeds{by}; chance has "
+        f"{chance:.1%}. Exact one-sided binomial test, times {len(scored)} rows: p = {p:.2g}."
     )
     return p < ALPHA, note
 
