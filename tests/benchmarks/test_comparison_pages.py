@@ -58,6 +58,8 @@ def test_the_words_above_the_tables_are_those_of_the_tests() -> None:
     assert leads["uniform"] < leads["guilomo"] < 0
     worse = {t["method"] for t in FOUND["options-stories"]["tests"] if t["p_corrected"] < 0.05 and t["difference"] > 0}
     assert worse >= {"meteora", "rocket", "perplexity", "drawn", "xlora"}
+    worse = {t["method"] for t in FOUND["novels-stories"]["tests"] if t["p_corrected"] < 0.05 and t["difference"] > 0}
+    assert worse == {"meteora", "drawn", "xlora"}
 
 
 def test_a_cell_says_what_is_beyond_noise_and_what_is_missing() -> None:
