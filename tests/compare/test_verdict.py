@@ -39,6 +39,16 @@ def test_what_is_better_comes_first() -> None:
     ]
 
 
+def test_methods_that_did_alike_share_a_sentence() -> None:
+    said = verdict(
+        made([("x", "a", "loss", -0.1, 0.01), ("x", "b", "loss", -0.2, 0.01), ("y", "b", "loss", 0.2, 0.01)])
+    )
+    assert said == [
+        "Method A and Method B have better loss per row than LoRA (PEFT) on x (Holm-corrected p < 0.05).",
+        "Method B has worse loss per row than LoRA (PEFT) on y (Holm-corrected p < 0.05).",
+    ]
+
+
 def test_or_that_nothing_is() -> None:
     said = verdict(made(EVEN))
     assert said[0] == "No method is better than LoRA (PEFT) beyond noise on any task."

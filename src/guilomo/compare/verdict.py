@@ -30,31 +30,29 @@ def _against_reference(results: dict[str, Any]) -> list[str]:
         return ["Nothing is better than chance on any task, so no method can be told from another."]
     if not tests:
         return [f"Nothing is tested against {reference} yet."]
-    better, worse = _claims(results, tests, won=True), _claims(results, tests, won=False)
-    out = [
-        f"{_label(results, name)} has better {metric} than {reference} on {where} (Holm-corrected p < {ALPHA})."
-        for name, metric, where in better
-    ] or [f"No method is better than {reference} beyond noise on any task."]
-    out += [
-        f"{_label(results, name)} has worse {metric} than {reference} on {where} (Holm-corrected p < {ALPHA})."
-        for name, metric, where in worse
-    ]
+    better, worse = (_claims(results, tests, reference, won) for won in (True, False))
+    out = [*(better or [f"No method is better than {reference} beyond noise on any task."]), *worse]
     if not better and not worse:
         out.append("These results cannot tell any of them apart from it either way; that is not a proof of equality.")
     return out
 
 
-def _claims(results: dict[str, Any], tests: list[dict[str, Any]], won: bool) -> list[tuple[str, str, str]]:
-    """``(method, metric, tasks)`` of the tests that are significant in one direction, in the order of the methods."""
-    found = []
-    for method in results["methods"]:
-        for metric, noun in (("accuracy", "accuracy"), ("exact_match", "exact match"), ("loss", "loss per row")):
+def _claims(results: dict[str, Any], tests: list[dict[str, Any]], reference: str, won: bool) -> list[str]:
+    """A sentence for each metric and set of tasks on which methods win, or lose, by significant tests."""
+    who: dict[tuple[str, str], list[str]] = {}
+    for metric, noun in (("accuracy", "accuracy"), ("exact_match", "exact match"), ("loss", "loss per row")):
+        for method in results["methods"]:
             sure = [t for t in tests if t["method"] == method["name"] and t["metric"] == metric]
             sure = [t for t in sure if t["p_corrected"] < ALPHA and t["difference"] != 0]
             names = [t["task"] for t in sure if ((t["difference"] < 0) == (metric == "loss")) == won]
             if names:
-                found.append((method["name"], noun, listed(names)))
-    return found
+                who.setdefault((noun, listed(names)), []).append(_label(results, method["name"]))
+    way = "better" if won else "worse"
+    return [
+        f"{listed(labels)} {'has' if len(labels) == 1 else 'have'} {way} {noun} than {reference} on {where} "
+        f"(Holm-corrected p < {ALPHA})."
+        for (noun, where), labels in who.items()
+    ]
 
 
 def _over_tasks(results: dict[str, Any]) -> list[str]:
