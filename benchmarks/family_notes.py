@@ -31,10 +31,10 @@ whose scale is divided by the number of its experts as published, would still go
     "options-stories": """\
 A decoder of 260,000 parameters that was trained on children's stories, and questions with options, scored by
 likelihood per character. The bank rows start from six adapters of rank 2 (`bank.yaml`: MRPC, CoLA, RTE, film
-reviews, WikiText, Shakespeare). ScienceQA is above guessing; without training the model is right in 40 % there
-(a probe, no file is kept). SST-2 as a question is not learned from 900 rows. The accuracies that are tested are
-those of the total likelihood, which prefers short options; by it no row would be above guessing. Many rates lie
-at an edge of the grid, those of the bank rows at the upper one, so that higher ones may bring them nearer.""",
+reviews, WikiText, Shakespeare). ScienceQA is above guessing. SST-2 as a question is not learned from 900 rows.
+The accuracies that are tested are those of the total likelihood, which prefers short options; by it no row
+would be above guessing. Many rates lie at an edge of the grid, those of the bank rows at the upper one, so that
+higher ones may bring them nearer.""",
     "novels-stories": """\
 The same decoder and the same six adapters, on novels, which none of them was trained on. Choosing four of the
 adapters by perplexity is much better than drawing four, as choosing should be, and so near to plain LoRA that
@@ -51,7 +51,14 @@ From the result files of the shipped recipes ([results.md](results.md)): the enc
 most frequent class on any of the three with so many rows, so they have no part in the comparison above.
 """
 
-AFTER = """## What this does not show
+AFTER = """## The page
+
+![The top of the page that `guilomo compare` writes for family-minilm](family/page.png)
+
+`guilomo compare` writes one beside its compare.json; `write_comparison` ([compare.md](compare.md)) makes those of the
+result files here.
+
+## What this does not show
 
 - Models are small and trainings short, as two CPU cores allow. A method made for many tasks at once (task gates, hybrid
   routers, LoRA-Mixer's hard stage) meets one task here, where its gate is a learned constant.

@@ -1,4 +1,4 @@
-"""Writes docs/family.md and its pictures and pages: the whole family compared, on real tasks.
+"""Writes docs/family.md and its pictures: the whole family compared, on real tasks.
 
     python -m benchmarks.family_page
 
@@ -17,8 +17,7 @@ from benchmarks.family_notes import AFTER, BEFORE, GLUE, HEAD
 from benchmarks.recipe_results import ROOT, results_in
 from guilomo.compare.results import ALPHA
 from guilomo.evaluation.ranks import above_share
-from guilomo.files import replacing
-from guilomo.report.family import plot_costs, plot_differences, plot_ranks, render_comparison
+from guilomo.report.family import plot_costs, plot_differences, plot_ranks
 from guilomo.report.family.reading import tasks_of
 from guilomo.report.family.rows import method_rows, task_rows
 
@@ -68,8 +67,7 @@ def section(name: str, found: dict[str, Any]) -> str:
         f"## {name}",
         "",
         f"`guilomo compare benchmarks/comparisons/{name}.yaml`: model `{config['model']['path']}`, "
-        f"{len(found['methods'])} methods, seeds {seeds}; {swept}{hardware['cores']} CPU cores. "
-        f"The page that the command makes: [{name}.html](family/{name}.html).",
+        f"{len(found['methods'])} methods, seeds {seeds}; {swept}{hardware['cores']} CPU cores.",
         "",
         BEFORE.get(name, ""),
         "",
@@ -124,13 +122,10 @@ def _cell(cell: dict[str, Any]) -> str:
 
 
 def write_pictures(name: str, found: dict[str, Any], folder: Path) -> None:
-    """The comparison's pictures as PNG, and its page."""
+    """The comparison's pictures as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     for what in shown(found):
         PICTURES[what][0](found).savefig(folder / f"{name}-{what}.png", dpi=DPI)
-    content = render_comparison(found).encode()
-    with replacing(folder / f"{name}.html", len(content)) as unfinished:
-        unfinished.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def xlora_of(
     shapes = module_shapes(model)
     for adapter in read:
         refuse_other_base(adapter, shapes)
-        _refuse_unloadable(adapter)
+        refuse_unloadable(adapter)
     if top_k is not None:
         _check_top_k(top_k, len(read), temperature)
     settings: Any = model.config
@@ -181,7 +181,12 @@ def _check_top_k(top_k: int, adapters: int, temperature: float) -> None:
         )
 
 
-def _refuse_unloadable(adapter: LoraAdapter) -> None:
+def refuse_unloadable(adapter: LoraAdapter) -> None:
+    """Refuses an adapter that PEFT's X-LoRA would load in part only.
+
+    Raises:
+        GuilomoError: it has modules outside ``model.``, or modules trained whole.
+    """
     outside = [module for module in adapter.pairs if not module.startswith("model.")]
     if outside:
         raise invalid(

@@ -334,7 +334,7 @@ _BANKS = [
         "frozen adapters, scaled per token and layer by a classifier",
         "X-LoRA, arXiv 2402.07148",
         "the classifier",
-        note="PEFT's own, driven by us",
+        note="PEFT's own, driven by us; it takes adapters of decoders whose linears lie under model. only",
         bank={"by": "all"},
         needs={"bank": "FOLDER"},
     ),

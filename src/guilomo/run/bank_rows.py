@@ -15,6 +15,7 @@ from torch import nn
 from guilomo.adapters import Selection, adapters_in, mixture_of, read_adapter, select, xlora_of
 from guilomo.adapters.fit import module_shapes
 from guilomo.adapters.mixture import FOLLOW_FROM_ADAPTERS, import_plan
+from guilomo.adapters.xlora import refuse_unloadable
 from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.methods import METHODS
@@ -110,7 +111,9 @@ def check_bank_row(method: MethodConfig) -> None:
             "Leave it out, or set mixture.router_options."
         )
     for name, folder in row.adapters().items():
-        read_adapter(folder, name)
+        adapter = read_adapter(folder, name)
+        if method.strategy == XLORA:
+            refuse_unloadable(adapter)
 
 
 def selection_file(config: RunConfig, method: MethodConfig) -> Path:
@@ -152,8 +155,8 @@ def selection_of(run: Run, method: MethodConfig) -> Selection:
 
 def bank_plan(run: Run, method: MethodConfig) -> Allocation:
     """The plan of a mixture of the chosen adapters; of X-LoRA, that in which a token uses all of them."""
-    folders = selection_of(run, method).folders
-    adapters = [read_adapter(folder, name) for name, folder in folders.items()]
+    bank = bank_row(method).adapters()
+    adapters = [read_adapter(bank[name], name) for name in selection_of(run, method).chosen]
     shapes = module_shapes(run.fresh_model(run.config.seeds[0]))
     top_k = len(adapters) if method.strategy == XLORA else run.config.mixture_of(method).top_k
     return import_plan(adapters, shapes, top_k)
@@ -161,7 +164,10 @@ def bank_plan(run: Run, method: MethodConfig) -> Allocation:
 
 def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_type: str) -> PeftModel:
     """The model with the row's adapters, as `selection_of` has chosen them, ready to train."""
-    row, adapters = bank_row(method), Selection.load(selection_file(config, method)).folders
+    row = bank_row(method)
+    # By name: another machine may see the bank under another path than the one that chose.
+    bank = row.adapters()
+    adapters = {name: bank[name] for name in Selection.load(selection_file(config, method)).chosen}
     if method.strategy == XLORA:
         return xlora_of(model, adapters, **row.classifier)
     mixture = config.mixture_of(method).peft_options()
