@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bank_tools import save_bank_of
 from guilomo.adapters import Selection
@@ -110,6 +110,23 @@ def test_the_choice_is_made_once_and_bound_to_the_data(bank: Path, recipe: dict[
     path.write_text(json.dumps({**found, "data_hash": "other"}))
     with pytest.raises(GuilomoError, match="have changed since"):
         run.plan(method, 0)
+
+
+def test_the_choice_holds_where_the_bank_has_moved(bank: Path, recipe: dict[str, Any]) -> None:
+    """As for another machine of a comparison, which sees it under another path."""
+    run = run_of(recipe, row("loralib", bank))
+    plan = run.plan(run.config.methods[0], 0)
+    elsewhere = run_of(recipe, row("loralib", bank.rename(bank.with_name("moved"))))
+    (method,) = elsewhere.config.methods
+    assert elsewhere.plan(method, 0) == plan
+    attach(elsewhere.fresh_model(0), plan, method, elsewhere.config, elsewhere.task)
+
+
+def test_xlora_refuses_what_it_would_load_in_part(bert_folder: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(bert_folder)
+    bank = save_bank_of(base, tmp_path / "encoders", {"a": {"target_modules": ["query"], "task_type": "SEQ_CLS"}})
+    with pytest.raises(GuilomoError, match=r"adapter 'a': module = 'bert\..*where PEFT's X-LoRA looks"):
+        run_of(recipe, row("xlora", bank))
 
 
 def test_a_comparison_has_such_rows(bank: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
