@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -22,10 +22,9 @@ from guilomo.run.config import (
 )
 from guilomo.run.recipe import problems
 from guilomo.search import SearchConfig
-from guilomo.tasks import TaskConfig
+from guilomo.tasks import TaskConfig, task_from
 from guilomo.training import TrainConfig
 
-DATA_FILE = re.compile(r"\.(jsonl|txt)(\.gz|\.xz)?$")
 OWN_KEYS = {"name", "file", "train", "budget", "evaluation"}
 """What a task of a comparison has beyond `TaskConfig`, or in another sense."""
 
@@ -48,25 +47,14 @@ class ComparedTask(TaskConfig):
     @field_validator("name")
     @classmethod
     def _a_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"name = {name!r} is not usable: expected letters, digits, '.', '_' and '-'.")
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"name = {name!r} is not usable: expected letters, digits, '.', '_', '+' and '-'.")
         return name
 
     def task(self) -> TaskConfig:
         """The task alone, as a run takes it."""
         fields = {name: getattr(self, name) for name in self.model_fields_set - OWN_KEYS}
         return TaskConfig(**fields, name=self.file or self.name)
-
-
-def task_from(text: str) -> dict[str, Any]:
-    """The keys of a task that is given by one word: a source, or FOLDER/NAME for files of a folder."""
-    if DATA_FILE.search(text):
-        kind = {"kind": "lm"} if ".txt" in PurePath(text).suffixes else {}
-        return {"name": PurePath(text).name.partition(".")[0], "source": text, **kind}
-    if text.startswith(("hub:", "disk:")):
-        return {"name": re.split(r"[:/]", text.rstrip("/"))[-1], "source": text}
-    folder, slash, name = text.rpartition("/")
-    return {"name": name, "source": folder} if slash else {"name": text, "source": text}
 
 
 class CompareConfig(BaseModel):
@@ -80,7 +68,7 @@ class CompareConfig(BaseModel):
     tasks: list[ComparedTask] = Field(
         min_length=1,
         description="Each with the keys of a recipe's task, a name, and if wished its own train, budget and evaluation "
-        "keys; or one word: docstrings, a data file, FOLDER/NAME, hub:OWNER/DATASET.",
+        "keys; or one word: docstrings, a data file, FOLDER/NAME, hub:OWNER/DATASET, or several such joined by +.",
     )
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     budget: BudgetConfig = Field(default_factory=BudgetConfig)

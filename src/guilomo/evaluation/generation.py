@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..errors import invalid
 from ..tasks import Example, Task
 from ..tasks.templates import completion, resolve_template
 from ..tasks.tokenize import answer_ids, fit_prompt, prompt_ids
+from ..tuner import tasks_given
 from .forward import Progress, batches_by_length, device_of
 
 SLACK = 8  # tokens beyond the longest reference answer
@@ -47,13 +48,20 @@ def generate_answers(
     answers = [""] * len(examples)
     done = 0
     for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        texts = _generate_batch(model, task, [prompts[index] for index in batch], settings)
+        tasks = _task_ids(task, [examples[index] for index in batch], device_of(model))
+        with tasks_given(model, tasks):
+            texts = _generate_batch(model, task, [prompts[index] for index in batch], settings)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
         done += len(batch)
         if progress is not None:
             progress(done, len(examples))
     return answers
+
+
+def _task_ids(task: Task, examples: Sequence[Example], device: torch.device) -> Tensor | None:
+    """``(B,)`` tasks of rows of a mixed task; None for a single one."""
+    return torch.tensor([task.task_id(example) for example in examples], device=device) if task.parts else None
 
 
 def _answer_limit(task: Task, examples: Sequence[Example]) -> int:

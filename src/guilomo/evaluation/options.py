@@ -11,6 +11,7 @@ from ..tasks import Example, Task
 from ..tasks.loss import IGNORED
 from ..tasks.templates import resolve_template
 from ..tasks.tokenize import TokenRow, answer_ids, fit_prompt, prompt_ids
+from ..tuner import TASKS
 from .forward import Progress, row_results
 
 
@@ -56,11 +57,13 @@ def option_rows(task: Task, example: Example) -> list[TokenRow]:
     prompt = prompt_ids(task.tokenizer, example, resolve_template(task.config.template))
     # The prompt is cut for the longest option, so that the options differ in nothing but themselves.
     prompt = fit_prompt(task.tokenizer, prompt, max(map(len, options)), task.config.max_length, example.id)
+    of_task = {} if task.task_id(example) is None else {TASKS: task.task_id(example)}
     return [
         {
             "input_ids": prompt + option,
             "attention_mask": [1] * (len(prompt) + len(option)),
             "labels": [IGNORED] * len(prompt) + option,
+            **of_task,
         }
         for option in options
     ]

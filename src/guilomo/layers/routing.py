@@ -101,9 +101,10 @@ class Tokens:
 
 
 MISSING_TASKS = (
-    "This mixture reads the task of every row, and none was given. Call the model with router_task_ids=(B,) int64, put "
-    "a column 'router_task_ids' into the token rows (with remove_unused_columns=False in Trainer's arguments), or, for "
-    "generate, wrap the call in guilomo.tuner.tasks_given(model, ids)."
+    "This mixture reads the task of every row, and none was given. In a recipe, give the tasks as task.parts; or "
+    "call the model with router_task_ids=(B,) int64, put a column 'router_task_ids' into the token rows (with "
+    "remove_unused_columns=False in Trainer's arguments), or, for generate, wrap the call in "
+    "guilomo.tuner.tasks_given(model, ids)."
 )
 
 
@@ -165,6 +166,9 @@ class Router(nn.Module):
         """Trainable parameters of this router over `experts` experts reading `in_features` features, shared ones not
         counted."""
         raise NotImplementedError
+
+    def follow(self, progress: float) -> None:
+        """Told how far the training is, from 0 to 1, before every step of the optimiser: for routers of stages."""
 
     @classmethod
     def shared_key(cls, experts: int, in_features: int) -> Hashable | None:

@@ -9,6 +9,10 @@ MATURITIES = ("stable", "experimental")
 """stable: the published rule is known and tested; experimental: something in it is remembered, second-hand or ours."""
 
 
+PARTS = "PARTS"
+"""Stands for the number of tasks that a mixed task has."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One method of the family.
@@ -22,7 +26,8 @@ class Method:
         knobs: what the budget of parameters is spent on, in words.
         strategy: the allocation strategy that plans it; "" if it is planned by `grows`.
         mixture: the fields of the recipe's ``mixture`` that make the method what it is.
-        experts: how many experts it starts with, where `grows` plans it.
+        mixed: the fields in which that differs where several tasks are trained as one; `PARTS` is their number.
+        experts: how many experts it starts with, where `grows` plans it. expert_per_part: or one for each such task.
         grows: what a larger budget buys: "rank" of every expert, or "experts" of rank 1.
         share: K as a share of the experts, where the budget buys experts. scale_by: what the recipe's scale is divided
             by there, as published: "chosen" experts, or all "experts".
@@ -40,7 +45,9 @@ class Method:
     note: str = ""
     strategy: str = ""
     mixture: dict[str, Any] = field(default_factory=dict)
+    mixed: dict[str, Any] = field(default_factory=dict)
     experts: int | None = None
+    expert_per_part: bool = False
     grows: str = ""
     share: float = 0.0
     scale_by: str = ""
@@ -52,6 +59,14 @@ class Method:
     def is_row(self) -> bool:
         """Whether it can be a row of a comparison, rather than something done with models that exist."""
         return not self.command
+
+    def mixture_for(self, parts: int) -> dict[str, Any]:
+        """The fields of `mixture` for a task of so many parts; 0: a single task."""
+        return {**self.mixture, **_filled(self.mixed, parts)} if parts else self.mixture
+
+    def experts_for(self, parts: int) -> int:
+        """How many experts a plan of it starts with."""
+        return parts if parts and self.expert_per_part else self.experts or 1
 
     @property
     def how_to_try(self) -> str:
@@ -75,3 +90,7 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as ``guilomo methods --json`` prints it."""
         return {**asdict(self), "command": self.how_to_try}
+
+
+def _filled(fields: dict[str, Any], parts: int) -> dict[str, Any]:
+    return {k: _filled(v, parts) if isinstance(v, dict) else parts if v == PARTS else v for k, v in fields.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guilomo.errors import unknown
-from guilomo.methods.method import Method
+from guilomo.methods.method import PARTS, Method
 
 _TOP_K = {"router": "topk", "router_options": {}}
 _RANKS = "rank of every expert"
@@ -104,8 +104,9 @@ _ROUTERS = [
         "LoRAMoE, arXiv 2312.09979",
         _RANKS,
         "experimental",
-        "its coefficient is remembered; the localised form needs row types (balance_loss: localized)",
+        "its coefficient is remembered; its localised balance needs the tasks of rows, so it is that of mixed tasks",
         mixture={"router": "dense", "router_options": {}, "balance_loss": "cv_squared", "balance_coefficient": 0.1},
+        mixed={"balance_loss": "localized", "balance_options": {"types": PARTS}},
         experts=4,
         grows="rank",
     ),
@@ -193,19 +194,21 @@ _ROUTERS = [
     ),
     Method(
         "lora_mixer",
-        "LoRA-Mixer, soft stage",
-        "all experts in training, the K largest in evaluation; balanced on average, sure per token",
+        "LoRA-Mixer",
+        "an expert per task, trained on its rows; then all in training, the K largest in evaluation",
         "LoRA-Mixer, arXiv 2507.00029",
         _RANKS,
         "experimental",
-        "no code or coefficients were published; its hard stage needs tasks of rows",
+        "no code or coefficients were published; with one task there is no hard stage",
         mixture={
             "router": "lora_mixer",
             "router_options": {},
             "balance_loss": "divergence",
             "balance_coefficient": 1e-2,
         },
+        mixed={"router_options": {"hard_share": 0.9}},
         experts=4,
+        expert_per_part=True,
         grows="rank",
     ),
     Method(
@@ -222,6 +225,7 @@ _ROUTERS = [
             "balance_loss": "divergence",
             "balance_coefficient": 1e-2,
         },
+        mixed={"router_options": {"tasks": PARTS, "hidden": 4}},
         experts=4,
         grows="rank",
     ),
@@ -233,6 +237,7 @@ _ROUTERS = [
         _RANKS,
         note="with one task its weights are learned constants",
         mixture={"router": "task", "router_options": {"tasks": 1}, "balance_loss": None},
+        mixed={"router_options": {"tasks": PARTS}},
         experts=4,
         grows="rank",
     ),

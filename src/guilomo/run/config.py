@@ -257,7 +257,8 @@ class RunConfig(BaseModel):
 
     def mixture_of(self, method: MethodConfig) -> MixtureConfig:
         """What the row attaches: the recipe's mixture, changed by what makes its method, and by the row itself."""
-        own = METHODS[method.strategy].mixture if method.strategy in METHODS else {}
+        parts = len(self.task.parts)
+        own = METHODS[method.strategy].mixture_for(parts) if method.strategy in METHODS else {}
         return MixtureConfig.model_validate({**self.mixture.model_dump(), **own, **method.mixture})
 
     def _check_metric(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from guilomo.allocation import Allocation, ModuleShape, RouterCost
 from guilomo.allocation.registry import make
 from guilomo.allocation.uniform import uniform
-from guilomo.errors import GuilomoError, unknown
+from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.layers.routers import cost_of_router
 from guilomo.methods import METHODS, filled_plan
 from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
@@ -61,7 +61,7 @@ def check_methods(config: RunConfig) -> None:
                 + " Leave them out, or set them under mixture for the whole run."
             )
         _refuse_common_options(method)
-        config.mixture_of(method)
+        _refuse_fewer_than_parts(method, config)
 
 
 def _refuse_common_options(method: MethodConfig) -> None:
@@ -72,6 +72,20 @@ def _refuse_common_options(method: MethodConfig) -> None:
             f"Method {method.name!r} has the option {common[0]!r}, which is common to all methods. "
             "Set budget.parameters or mixture.router instead."
         )
+
+
+def _refuse_fewer_than_parts(method: MethodConfig, config: RunConfig) -> None:
+    """Every part of a mixed task needs its place in routers that know tasks, and in a hard stage an expert."""
+    parts, options = len(config.task.parts), config.mixture_of(method).router_options
+    if options.get("tasks", parts) < parts:
+        raise invalid(
+            f"router_options.tasks of method {method.name!r}",
+            options["tasks"],
+            f"at least {parts}, the parts of the task",
+        )
+    if options.get("hard_share") and method.options.get("experts", parts) < parts:
+        allowed = f"at least {parts}, one for each part of the task"
+        raise invalid(f"options.experts of method {method.name!r}", method.options["experts"], allowed)
 
 
 def mixture_config(config: RunConfig, method: MethodConfig, **options: Any) -> LoraMoeConfig:
@@ -141,7 +155,7 @@ def plan_method(
 def _grown_plan(method: MethodConfig, config: RunConfig, model: nn.Module, budget: int) -> Allocation:
     """The largest plan of the budget, of a method that is no plain mixture."""
     known = METHODS[method.strategy]
-    experts = method.options.get("experts") or known.experts or 1
+    experts = method.options.get("experts") or known.experts_for(len(config.task.parts))
     top_k = min(config.mixture_of(method).top_k, experts)
     least = resolve_allocation(model, mixture_config(config, method, num_experts=experts, r=1, top_k=top_k))
     grow = more_rank if known.grows == "rank" else one_expert_more

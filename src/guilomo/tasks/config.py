@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import GuilomoError, invalid
 
 Kind = Literal["classification", "causal_lm", "lm"]
+
+DATA_FILE = re.compile(r"\.(jsonl|txt)(\.gz|\.xz)?$")
+SHARED_BY_PARTS = ("kind", "template", "append_eos", "max_length", "pad_to_multiple_of", "parts")
+"""Keys that a part of a mixed task cannot have for itself: the whole is prompted, cut and batched in one way."""
 
 
 class TaskConfig(BaseModel):
@@ -40,6 +44,15 @@ class TaskConfig(BaseModel):
     name: str | None = Field(
         default=None,
         description="Name of the task, and of its files in a folder; by default the file's own name.",
+    )
+    parts: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Several tasks trained as one. Each with a name and the keys in which it differs from this one, or "
+        "one word: a name in the folder of source, docstrings, a data file, FOLDER/NAME, hub:OWNER/DATASET. The place "
+        "of a part in this list is the task id of its rows.",
+    )
+    rows_of: str | None = Field(
+        default=None, description="Use only the rows whose own field 'task' is this: a part of a file of mixed tasks."
     )
     text_column: str | None = Field(
         default=None,
@@ -98,6 +111,71 @@ class TaskConfig(BaseModel):
     )
     test_size: int | None = Field(default=None, ge=1, description="Use at most so many test rows (blocks for lm).")
     seed: int = Field(default=0, description="Seed of every random choice about the data.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_in_words(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("parts"), list):
+            return value
+        parts = [_part_from(part, "source" in value) if isinstance(part, str) else part for part in value["parts"]]
+        return {**value, "parts": parts}
+
+    @model_validator(mode="after")
+    def _usable_parts(self) -> TaskConfig:
+        if not self.parts:
+            return self
+        names = [part.get("name") for part in self.parts]
+        if len(names) < 2 or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"parts = {names} is not usable: expected at least 2 parts, each with a name of its own.")
+        if self.held_out_source or self.test_source or self.rows_of:
+            raise ValueError(
+                "held_out_source, test_source and rows_of are of single tasks: give them to the parts that have them."
+            )
+        for part in self.parts:
+            if shared := sorted(part.keys() & set(SHARED_BY_PARTS)):
+                raise ValueError(
+                    f"part {part['name']!r} has the key {shared[0]!r}, which all parts share: set it above."
+                )
+        try:
+            self.part_configs()
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"a part is not usable: {found}") from None
+        return self
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the parts in the order of their task ids; empty for a single task."""
+        return [part["name"] for part in self.parts]
+
+    def part_configs(self) -> list[TaskConfig]:
+        """The parts as tasks: what a part does not say, this says."""
+        given = self.model_fields_set & TaskConfig.model_fields.keys() - {"name", "parts"}
+        common = {name: getattr(self, name) for name in given}
+        return [TaskConfig(**{**common, **part}) for part in self.parts]
+
+
+def task_from(text: str) -> dict[str, Any]:
+    """The keys of a task in one word: docstrings, a data file, FOLDER/NAME, hub:...; or several, joined by ``+``."""
+    if "+" in text:
+        parts = [task_from(word) for word in text.split("+")]
+        kinds = {part.pop("kind", None) for part in parts}
+        kind = {"kind": "lm"} if kinds == {"lm"} else {}
+        return {"name": "+".join(part["name"] for part in parts), "parts": parts, **kind}
+    if DATA_FILE.search(text):
+        kind = {"kind": "lm"} if ".txt" in PurePath(text).suffixes else {}
+        return {"name": PurePath(text).name.partition(".")[0], "source": text, **kind}
+    if text.startswith(("hub:", "disk:")):
+        return {"name": re.split(r"[:/]", text.rstrip("/"))[-1], "source": text}
+    folder, slash, name = text.rpartition("/")
+    return {"name": name, "source": folder} if slash else {"name": text, "source": text}
+
+
+def _part_from(word: str, in_folder: bool) -> dict[str, Any]:
+    """The keys of a part; with a common folder a bare word is a name in it."""
+    part = {key: value for key, value in task_from(word).items() if key != "kind"}
+    bare = part.get("source") == word and word != "docstrings" and not DATA_FILE.search(word)
+    return {"name": word} if in_folder and bare else part
 
 
 def expand_path(text: str, field: str = "source") -> Path:

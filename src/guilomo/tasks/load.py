@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ..errors import GuilomoError, invalid
+from ..errors import GuilomoError, invalid, unknown
 from .columns import Located, column_documents, column_examples, label_names
 from .config import TaskConfig, expand_path
 from .docstrings import docstring_examples
@@ -32,6 +32,8 @@ def task_name(config: TaskConfig) -> str:
     """`name`, or what the source is called."""
     if config.name:
         return config.name
+    if config.parts:
+        return "+".join(config.part_names)
     if config.source.startswith(("hub:", "disk:")):
         return config.source.rstrip("/").split("/")[-1].split(":")[-1]
     return Path(config.source).name.split(".")[0] or config.source
@@ -43,7 +45,7 @@ def load_examples(config: TaskConfig) -> dict[str, list[Example]]:
     Raises:
         GuilomoError: the source cannot be read or does not fit the kind of task.
     """
-    train, held_out, test = _read_examples(config)
+    train, held_out, test = _rows_of(config.rows_of, *_read_examples(config))
     if test is None:
         require_examples(train, config.source)
         count = fraction_count(len(train), config.test_fraction, "test rows")
@@ -143,6 +145,18 @@ def _by_own_split(
         rows = [row for row in rows if row.split != "held_out"]
         held_out = own or None
     return rows, held_out, test
+
+
+def _rows_of(
+    task: str | None, rows: list[Example], held_out: list[Example] | None, test: list[Example] | None
+) -> tuple[list[Example], list[Example] | None, list[Example] | None]:
+    """The rows whose own field says this task; all where none is asked for."""
+    if task is None:
+        return rows, held_out, test
+    if task not in (found := sorted({row.task for row in rows})):
+        raise unknown("rows_of", task, found)
+    kept = [None if part is None else [row for row in part if row.task == task] for part in (rows, held_out, test)]
+    return kept[0] or [], kept[1], kept[2]
 
 
 def _from_columns(

@@ -5,6 +5,7 @@ from guilomo.training.biases import RouterBiasCallback
 from guilomo.training.callbacks import DivergedError, FiniteLossCallback, ProgressCallback, RouterHealthCallback
 from guilomo.training.config import TrainConfig
 from guilomo.training.fine_tune import Interrupted, TrainResult, fine_tune, training_arguments
+from guilomo.training.stages import RouterStageCallback
 
 __all__ = [
     "AccumulationCallback",
@@ -14,6 +15,7 @@ __all__ = [
     "ProgressCallback",
     "RouterBiasCallback",
     "RouterHealthCallback",
+    "RouterStageCallback",
     "TrainConfig",
     "TrainResult",
     "fine_tune",

@@ -19,6 +19,7 @@ from guilomo.training.biases import RouterBiasCallback
 from guilomo.training.callbacks import FiniteLossCallback, Progress, ProgressCallback, RouterHealthCallback
 from guilomo.training.checkpoint import FileTrainer
 from guilomo.training.config import TrainConfig
+from guilomo.training.stages import RouterStageCallback
 from guilomo.tuner import context_of
 
 _NAMES = TrainingArguments.__dataclass_fields__
@@ -137,7 +138,7 @@ def _trainer(model: nn.Module, task: Task, config: TrainConfig, folder: Path, sc
         args=training_arguments(config, scratch, seed, next(model.parameters()).device.type == "cpu"),
         train_dataset=[*task.train, *task.held_out] if config.use_held_out else task.train,
         data_collator=task.collate,
-        callbacks=[health, FiniteLossCallback(), RouterBiasCallback()],
+        callbacks=[health, FiniteLossCallback(), RouterBiasCallback(), RouterStageCallback()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -2,7 +2,7 @@
 
 from guilomo.tuner.biases import update_router_biases
 from guilomo.tuner.config import LoraMoeConfig
-from guilomo.tuner.context import RoutingContext, SelectionMasks, context_of, tasks_given
+from guilomo.tuner.context import TASKS, RoutingContext, SelectionMasks, context_of, tasks_given
 from guilomo.tuner.feed_forward import FeedForwardLayer
 from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
@@ -11,10 +11,12 @@ from guilomo.tuner.modules import adaptable_modules, target_shapes
 from guilomo.tuner.preservation import expert_weights, preservation_loss
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
+from guilomo.tuner.stages import follow_training
 
 register()
 
 __all__ = [
+    "TASKS",
     "FeedForwardLayer",
     "LoraMoeConfig",
     "LoraMoeLayer",
@@ -25,6 +27,7 @@ __all__ = [
     "context_of",
     "expert_weights",
     "fixed_gates",
+    "follow_training",
     "plan_for_router",
     "preservation_loss",
     "target_shapes",

@@ -217,13 +217,16 @@ def context_of(model: nn.Module) -> RoutingContext:
 
 
 @contextmanager
-def tasks_given(model: nn.Module, tasks: Tensor) -> Iterator[None]:
+def tasks_given(model: nn.Module, tasks: Tensor | None) -> Iterator[None]:
     """Inside, every pass that names no tasks itself has these ``(B,)``: for ``generate``, which refuses new keywords.
 
     Args:
         model: a base model or a PeftModel around it.
-        tasks: int64, of the rows of the batch. Beams of a row share its task.
+        tasks: int64, of the rows of the batch. Beams of a row share its task. None: nothing is done.
     """
+    if tasks is None:
+        yield
+        return
     context = context_of(model.get_base_model() if isinstance(model, PeftModel) else model)
     before, context.task_given = context.task_given, tasks
     try:

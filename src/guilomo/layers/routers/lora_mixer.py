@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from guilomo.layers.options import expect_choice, option
+from guilomo.errors import invalid
+from guilomo.layers.options import expect_choice, expect_number, option
 from guilomo.layers.routers.linear import LinearRouter
 from guilomo.layers.routers.task import known_tasks
 from guilomo.layers.routers.topk import largest, softmax_over_kept
@@ -19,22 +20,33 @@ class LoraMixerRouter(LinearRouter):
 
     Soft: the softmax over all experts in training, and over the K largest in evaluation (second-hand: K = 3). The
     losses of that stage are ``balance_loss: rsl``, of both signs of the entropy, and ``divergence``, whose aim is what
-    the text of the paper describes. Go on to the second stage by loading the adapter with
-    ``router_options={'stage': 'soft'}`` in its config.
+    the text of the paper describes. Both stages in one training are `hard_share`; or go on to the second one by loading
+    the adapter with ``router_options={'stage': 'soft'}`` in its config.
 
     Options:
         stage: hard or soft.
+        hard_share: of the steps of a training that are hard, before the soft ones (second-hand: 40,000 rows, then 2,000
+            to 4,000). It needs somebody who tells how far the training is, see `guilomo.tuner.follow_training`.
     """
 
     reads = frozenset({"task"})
 
-    def __init__(self, *args: Any, stage: str = "soft") -> None:
+    def __init__(self, *args: Any, stage: str = "soft", hard_share: float = 0.0) -> None:
         super().__init__(*args)
         self.stage = stage
+        self.hard_share = hard_share
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
         expect_choice(option("stage"), options["stage"], ("hard", "soft"))
+        expect_number(option("hard_share"), options["hard_share"], at_least=0, at_most=1)
+        if options["hard_share"] and options["stage"] == "hard":
+            remedy = "Leave stage out: the share says when it changes, and what comes after is soft."
+            raise invalid(option("stage"), "hard", "soft where hard_share is set", remedy)
+
+    def follow(self, progress: float) -> None:
+        if self.hard_share:
+            self.stage = "hard" if progress < self.hard_share else "soft"
 
     def route(self, logits: Tensor, tokens: Tokens) -> Routing:
         if self.stage == "hard":
