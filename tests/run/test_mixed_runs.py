@@ -1,0 +1,192 @@
+"""Several tasks trained as one: which methods know the task of a row, and that it reaches them everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from guilomo.errors import GuilomoError
+from guilomo.evaluation import evaluate
+from guilomo.evaluation.generation import generate_answers
+from guilomo.layers.routers import LoraMixerRouter
+from guilomo.run import Run
+from guilomo.run.files import read_json
+from guilomo.run.methods import attach
+from guilomo.tasks import build_task
+from guilomo.training import Interrupted, TrainConfig, fine_tune
+from guilomo.tuner import LoraMoeLayer, follow_training, tasks_given
+from tiny_runs import colour_rows, config_of, run_of, write_rows
+
+TASK_METHODS = ["moelora", "hmora", "lora_mixer", "loramoe"]
+
+
+@pytest.fixture
+def mixed(colours: Path, tmp_path: Path) -> dict[str, Any]:
+    """The keys of a task of two parts: colours, and the same with the classes swapped, so that the task matters."""
+    rows = colour_rows(48, "train")
+    swapped = [{**row, "label": 1 - row["label"], "answer": row["choices"][1 - row["label"]]} for row in rows]
+    path = write_rows(tmp_path / "swapped.jsonl", swapped)
+    return {"name": None, "parts": [{"name": "colours"}, {"name": "swapped", "source": str(path)}]}
+
+
+@pytest.fixture
+def job(colour_recipe: Any, mixed: dict[str, Any]) -> Run:
+    return run_of(colour_recipe(task=mixed, methods=["lora", *TASK_METHODS]))
+
+
+def model_of(job: Run, name: str, **mixture: Any) -> PeftModel:
+    method = next(m for m in job.config.methods if m.name == name)
+    method = method.model_copy(update={"mixture": mixture})
+    return attach(job.fresh_model(0), job.plan(method, 0), method, job.config, job.task)
+
+
+def test_methods_know_how_many_tasks_there_are(job: Run) -> None:
+    options = {m.name: job.config.mixture_of(m) for m in job.config.methods}
+    assert options["moelora"].router_options == {"tasks": 2}
+    assert options["hmora"].router_options["tasks"] == 2
+    assert options["lora_mixer"].router_options == {"hard_share": 0.9}
+    assert (options["loramoe"].balance_loss, options["loramoe"].balance_options) == ("localized", {"types": 2})
+    assert {m.experts for m in job.plan(job.config.methods[3], 0).adapted().values()} == {2}  # one for each task
+    single = config_of({**job.config.model_dump(mode="json"), "task": {"source": "docstrings"}})
+    options = {m.name: single.mixture_of(m) for m in single.methods}
+    assert options["moelora"].router_options == {"tasks": 1}
+    assert options["lora_mixer"].router_options == {}
+    assert options["loramoe"].balance_loss == "cv_squared"
+
+
+def test_the_whole_job(job: Run) -> None:
+    """Trained, saved, scored; a saved adapter gives the same scores again."""
+    job.prepare(resume=False)
+    results = job.all()
+    assert results["status"] == "complete"
+    assert results["data"]["name"] == "colours+swapped"
+    for name in ("lora", *TASK_METHODS):
+        folder = job.config.folder / "methods" / name / "seed-0"
+        again = PeftModel.from_pretrained(job.fresh_model(0), folder / "adapter")
+        found = evaluate(again, job.task, batch_size=job.config.evaluation.batch_size)
+        assert found.row_loss == read_json(folder / "result.json")["rows"]["row_loss"]
+
+
+@pytest.mark.parametrize("name", ["lora", *TASK_METHODS])
+def test_ids_reach_the_routers_that_read_them(job: Run, name: str) -> None:
+    """Other ids, other losses; but plain LoRA, soft LoRA-Mixer and dense routing read none."""
+    model = model_of(job, name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    before = evaluate(model, job.task).row_loss
+    for row in job.task.test:
+        row["router_task_ids"] = 1 - row["router_task_ids"]
+    assert (evaluate(model, job.task).row_loss != before) == (name in ("moelora", "hmora"))
+
+
+def test_answers_and_options_are_scored_with_their_task(text_recipe: Any, mixed: dict[str, Any]) -> None:
+    job = run_of(text_recipe("causal_lm", task=mixed, methods=["moelora"]))
+    model = model_of(job, "moelora")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraMoeLayer):
+                torch.nn.init.normal_(module.molora_B["default"], generator=torch.Generator().manual_seed(1))
+    whole = evaluate(model, job.task, generate=True, max_new_tokens=4)
+    assert whole.generated is not None
+    seen: list[str] = []
+    for place, config in enumerate(job.task.config.part_configs()):
+        part = build_task(config, job.task.tokenizer)
+        with tasks_given(model, torch.tensor([place])):
+            own = evaluate(model, part, batch_size=1)
+            with torch.no_grad():
+                texts = generate_answers(model.eval(), part, part.examples["test"], 1, 4)
+        rows = slice(len(seen), len(seen) + len(own.ids))
+        assert whole.row_loss[rows] == pytest.approx(own.row_loss, rel=1e-5)
+        assert whole.predictions is not None
+        assert whole.predictions[rows] == own.predictions
+        assert whole.generated[rows] == texts
+        seen += own.ids
+    assert len(seen) == len(whole.ids)
+    assert len(set(whole.generated)) > 1
+
+
+CONFIG = TrainConfig(max_steps=7, batch_size=8, log_every=3, save_every=1, learning_rate=1e-2)
+
+
+def stages(model: PeftModel) -> set[str]:
+    return {m.stage for m in model.modules() if isinstance(m, LoraMixerRouter)}
+
+
+@pytest.mark.parametrize(("share", "hard"), [(0.5, 4), (1.0, 7)])
+def test_first_hard_then_soft(job: Run, tmp_path: Path, share: float, hard: int) -> None:
+    model = model_of(job, "lora_mixer", router_options={"hard_share": share})
+    seen: list[set[str]] = []
+    fine_tune(model, job.task, CONFIG, tmp_path, progress=lambda *_: seen.append(stages(model)))
+    assert seen == [{"hard"}] * hard + [{"soft"}] * (7 - hard)
+    assert stages(model) == {"soft"}
+
+
+def test_in_the_hard_stage_an_expert_learns_from_its_own_task_alone(job: Run, tmp_path: Path) -> None:
+    model = model_of(job, "lora_mixer", router_options={"hard_share": 1.0})
+    layers = [m for m in model.modules() if isinstance(m, LoraMoeLayer)]
+    before = [(m.molora_A["default"].clone(), m.molora_B["default"].clone()) for m in layers]
+    routers = [m.weight.clone() for m in model.modules() if isinstance(m, LoraMixerRouter)]
+    job.task.train = [row for row in job.task.train if row["router_task_ids"] == 0]
+    fine_tune(model, job.task, CONFIG.model_copy(update={"use_held_out": False}), tmp_path)
+    for layer, (a, b) in zip(layers, before, strict=True):
+        first = layer.molora_plan["default"].ranks[0]
+        assert torch.equal(layer.molora_A["default"][first:], a[first:])
+        assert torch.equal(layer.molora_B["default"][:, first:], b[:, first:])
+        assert not torch.equal(layer.molora_B["default"][:, :first], b[:, :first])
+    after = [m.weight for m in model.modules() if isinstance(m, LoraMixerRouter)]
+    assert all(map(torch.equal, routers, after))
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_training_of_two_stages_continues_to_the_same_bits(job: Run, tmp_path: Path, stop: int) -> None:
+    def trained(folder: str, stop: int | None) -> dict[str, torch.Tensor]:
+        model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5})
+        if stop is not None:
+            asked = iter(range(1, stop + 1))
+            with pytest.raises(Interrupted):
+                fine_tune(model, job.task, CONFIG, tmp_path / folder, should_stop=lambda: next(asked) == stop)
+            model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5})
+        fine_tune(model, job.task, CONFIG, tmp_path / folder)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    whole, parts = trained("whole", None), trained("parts", stop)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_loop_of_ones_own(job: Run) -> None:
+    model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5})
+    for progress, stage in ((0.0, "hard"), (0.49, "hard"), (0.5, "soft"), (1.0, "soft")):
+        follow_training(model, progress)
+        assert stages(model) == {stage}
+    without = model_of(job, "lora_mixer", router_options={})
+    follow_training(without, 0.0)
+    assert stages(without) == {"soft"}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"name": "moelora", "mixture": {"router_options": {"tasks": 1}}}, r"router_options\.tasks.*= 1.*at least 2"),
+        ({"name": "lora_mixer", "options": {"experts": 1}}, r"options\.experts.*'lora_mixer' = 1.*one for each part"),
+        ({"name": "lora_mixer", "mixture": {"router_options": {"hard_share": 2}}}, r"hard_share'\] = 2"),
+        ({"name": "moelora", "mixture": {"router_options": {}}}, r"tasks'\] = None.*the number of tasks"),
+    ],
+)
+def test_too_few_places_are_refused(
+    method: dict[str, Any], said: str, colour_recipe: Any, mixed: dict[str, Any]
+) -> None:
+    with pytest.raises((GuilomoError, ValueError), match=said):
+        run_of(colour_recipe(task=mixed, methods=[method]))
+
+
+def test_a_hard_stage_needs_tasks(colour_recipe: Any, tmp_path: Path) -> None:
+    mixture = {"router_options": {"hard_share": 0.5}}
+    job = run_of(colour_recipe(methods=[{"name": "lora_mixer", "mixture": mixture}]))
+    with pytest.raises(GuilomoError, match=r"none was given\. In a recipe, give the tasks as task\.parts"):
+        fine_tune(model_of(job, "lora_mixer", **mixture), job.task, CONFIG, tmp_path)
