@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from comparisons import Finished, comparison, finish
-from tiny_runs import bert_folder, colours
+from tiny_runs import bert_folder, colours, llama_folder
 
-__all__ = ["bert_folder", "colours", "finished"]
+__all__ = ["bert_folder", "colours", "finished", "llama_folder"]
 
 
 @pytest.fixture(scope="session")

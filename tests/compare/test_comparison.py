@@ -96,9 +96,23 @@ def test_every_method_is_tested_against_plain_lora(finished: Finished) -> None:
         for method in (test["method"], "lora"):
             seeds = finished.job.board.runs[test["task"]].folder / "methods" / method
             rows = [read_json(seeds / f"seed-{seed}" / "result.json")["rows"] for seed in (3, 1)]
-            key = "correct" if test["metric"] == "accuracy" else "row_loss"
-            losses[method] = np.array([row[key] for row in rows], dtype=float)
+            values = [row["hits"]["accuracy"] if test["metric"] == "accuracy" else row["row_loss"] for row in rows]
+            losses[method] = np.array(values, dtype=float)
         assert test["difference"] == pytest.approx((losses[test["method"]] - losses["lora"]).mean())
+
+
+def test_options_are_tested_per_character_where_that_is_the_metric(
+    llama_folder: Path, colours: Path, tmp_path: Path
+) -> None:
+    metric = "accuracy_per_character"
+    few: dict[str, Any] = {"methods": ["lora", "uniform"], "sweep": {}, "measure_costs": False}
+    content = comparison(llama_folder, colours, tmp_path / "out", evaluation={"metric": metric}, **few)
+    content["tasks"] = [{**content["tasks"][1], "kind": "causal_lm"}]
+    results = finish(content).results
+    right, loss = results["tests"]
+    assert (right["metric"], loss["metric"]) == (metric, "loss")
+    lora, uniform = (entry(results, method, "few") for method in few["methods"])
+    assert right["difference"] == pytest.approx(uniform["mean"] - lora["mean"])
 
 
 def test_costs_are_ratios_to_plain_lora(finished: Finished) -> None:

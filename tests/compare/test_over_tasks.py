@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from guilomo.compare.facts import chance_of
-from guilomo.compare.results import _above_chance, _friedman, _rank, _same_seeds
+from guilomo.compare.results import _above_chance, _friedman, _rank, _same_seeds, _tests
 from guilomo.tasks import Example
 
 SCORES = {
@@ -128,3 +128,38 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     a = {"runs": [{"seed": 0}, {"seed": 2}], "rows": ["a0", "a2"]}
     b = {"runs": [{"seed": 1}, {"seed": 2}], "rows": ["b1", "b2"]}
     assert _same_seeds(a, b) == (["a2"], ["b2"])
+
+
+def scored(right: int, characters: int, matched: int | None = None, n: int = 30) -> dict[str, Any]:
+    """A method of one seed, of whose rows so many are right in each way."""
+    counts = {"accuracy": right, "accuracy_per_character": characters, "exact_match": matched}
+    hits = {name: [i < k for i in range(n)] for name, k in counts.items() if k is not None}
+    rows = {"hits": hits, "row_loss": [1.0 + i / n for i in range(n)], "row_tokens": [1] * n}
+    return {"runs": [{"seed": 0}], "rows": [rows]}
+
+
+@pytest.mark.parametrize(
+    ("metric", "tested", "difference"),
+    [
+        ("accuracy_per_character", "accuracy_per_character", 20 / 30),
+        ("exact_match", "exact_match", -10 / 30),
+        ("accuracy", "accuracy", 1 / 30),
+        ("f1", "accuracy", 1 / 30),
+        ("loss", "accuracy", 1 / 30),
+    ],
+)
+def test_methods_are_tested_by_the_hits_of_the_metric_that_leads(metric: str, tested: str, difference: float) -> None:
+    found = {"x": {"lora": scored(10, 5, 20), "a": scored(11, 25, 10)}}
+    right, loss = _tests("lora", [{"name": "x", "metric": metric}], found)
+    assert (right["metric"], loss["metric"]) == (tested, "loss")
+    assert right["difference"] == pytest.approx(difference)
+    assert right["test"] == "exact McNemar test over test rows"
+    assert loss["difference"] == 0
+
+
+def test_where_nothing_is_predicted_only_the_loss_is_tested() -> None:
+    found = {"x": {"lora": scored(1, 1), "a": scored(1, 1)}}
+    for method in found["x"].values():
+        method["rows"][0]["hits"] = {}
+    (only,) = _tests("lora", [{"name": "x", "metric": "perplexity"}], found)
+    assert only["metric"] == "loss"

@@ -59,6 +59,14 @@ def test_a_lower_loss_is_better() -> None:
     assert verdict(made([("x", "a", "loss", -0.1, 0.01)]))[0].startswith("Method A has better loss per row")
 
 
+@pytest.mark.parametrize(
+    ("metric", "noun"), [("accuracy_per_character", "accuracy per character"), ("exact_match", "exact match")]
+)
+def test_it_says_which_accuracy(metric: str, noun: str) -> None:
+    said = verdict(made([("x", "a", metric, 0.1, 0.01)]))
+    assert said[0] == f"Method A has better {noun} than LoRA (PEFT) on x (Holm-corrected p < 0.05)."
+
+
 def test_tasks_at_chance_are_left_out() -> None:
     tasks = [{"name": "x", "above_chance": False}, {"name": "y", "above_chance": True}]
     said = verdict(made(WON, tasks=tasks))

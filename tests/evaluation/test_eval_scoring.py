@@ -37,10 +37,9 @@ def test_classification(make_task: Any, classifier: Any) -> None:
         loss = functional.cross_entropy(logits, torch.tensor([row["labels"]]))
         assert_near(torch.tensor(found.row_loss[index]), loss)
         assert found.predictions is not None
-        assert found.correct is not None
         assert found.predictions[index] == int(logits.argmax())
-        assert found.correct[index] == (found.predictions[index] == row["labels"])
-    assert found.metrics["accuracy"].value == pytest.approx(sum(found.correct or []) / 17)
+        assert found.hits["accuracy"][index] == (found.predictions[index] == row["labels"])
+    assert found.metrics["accuracy"].value == pytest.approx(sum(found.hits["accuracy"]) / 17)
     assert found.row_tokens == [1] * 17
 
 
@@ -67,7 +66,7 @@ def test_perplexity_of_text_by_hand(text_task: Task, causal: Any) -> None:
     assert found.metrics["perplexity"].value == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found.metrics["loss"].value == pytest.approx(total / count, rel=1e-4)
     assert found.predictions is None
-    assert found.correct is None
+    assert found.hits == {}
 
 
 def _option_log_likelihood(model: Any, task: Task, example: Example, choice: str) -> float:
@@ -98,8 +97,11 @@ def test_options_against_a_naive_loop(make_task: Any, causal: Any) -> None:
         assert by_character == shares.index(max(shares))
     result = evaluate(causal, task)
     assert result.predictions == found.by_sum
-    hits = [example.label == guess for example, guess in zip(examples, found.by_sum, strict=True)]
-    assert result.correct == hits
+    guesses = {"accuracy": found.by_sum, "accuracy_per_character": found.by_character}
+    for name, guessed in guesses.items():
+        assert result.hits[name] == [e.label == guess for e, guess in zip(examples, guessed, strict=True)]
+        assert result.metrics[name].value == sum(result.hits[name]) / len(examples)
+    assert result.hits["accuracy"] != result.hits["accuracy_per_character"]
     assert set(result.metrics) == {"loss", "perplexity", "accuracy", "accuracy_per_character"}
 
 
@@ -167,10 +169,14 @@ def test_exact_match(make_task: Any, causal: Any) -> None:
     both = evaluate(causal, quiz, generate=True, max_new_tokens=4)
     assert isinstance((both.predictions or [""])[0], int)
     assert both.generated is not None
-    assert {"accuracy", "exact_match"} <= set(both.metrics)
+    assert set(both.hits) == {"accuracy", "accuracy_per_character", "exact_match"}
+    for name, hits in both.hits.items():
+        assert both.metrics[name].value == pytest.approx(sum(hits) / 17)
+    words = zip(both.generated, quiz.examples["test"], strict=True)
+    assert both.hits["exact_match"] == [is_right(text, f" {example.answer}") for text, example in words]
     quiet = evaluate(causal, task)
     assert set(quiet.metrics) == {"loss", "perplexity"}
-    assert quiet.correct is None
+    assert quiet.hits == {}
 
 
 @pytest.mark.parametrize(

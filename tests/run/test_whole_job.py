@@ -168,6 +168,7 @@ def test_answers_are_chosen_and_generated(text_recipe: Any) -> None:
     assert results["primary_metric"] == "accuracy"
     names = set(results["methods"][0]["summary"])
     assert {"loss", "perplexity", "accuracy", "accuracy_per_character", "f1", "exact_match"} <= names
+    assert [t["metric"] for t in results["tests"]] == ["accuracy", "loss"]
     row = job.task.train[0]
     answer = [i for i in row["labels"] if i != -100]
     assert job.task.tokenizer.decode(answer).strip().startswith(job.task.examples["train"][0].answer)

@@ -17,7 +17,7 @@ from guilomo.evaluation.ranks import above_share, friedman, ranks
 from guilomo.methods import METHODS
 from guilomo.report.units import lower_is_better
 from guilomo.run import Run, environment
-from guilomo.run.compare import KINDS, leading_metric, method_row, paired_test, row_hits, row_losses
+from guilomo.run.compare import KINDS, leading_metric, method_row, paired_test, row_values, tested
 from guilomo.run.config import MethodConfig
 from guilomo.run.files import read_json
 
@@ -54,7 +54,7 @@ def comparison_results(board: Board, command: str) -> dict[str, Any]:
         "seeds": config.seeds,
         "tasks": tasks,
         "methods": methods,
-        "tests": _tests(board, found),
+        "tests": _tests(config.reference.name, tasks, found),
         "friedman": _friedman(methods, tasks, counted),
         "failures": _failures(board),
     }
@@ -181,19 +181,19 @@ def _rank(methods: list[dict[str, Any]], tasks: list[dict[str, Any]], counted: l
         method["mean_rank"] = mean(found) if found and None not in found else None
 
 
-def _tests(board: Board, found: Rows) -> list[dict[str, Any]]:
-    """Every method against plain LoRA on every task, by accuracy and loss; Holm over all of them."""
+def _tests(reference: str, tasks: list[dict[str, Any]], found: Rows) -> list[dict[str, Any]]:
+    """Every method against plain LoRA on every task, in what `tested` says; Holm over all of them."""
     tests = []
-    for task, rows in found.items():
-        plain = rows.get(board.config.reference.name)
-        right = "exact_match" if board.runs[task].evaluation.generate else "accuracy"
+    for task in tasks:
+        rows = found[task["name"]]
+        plain = rows.get(reference)
         for name, row in rows.items():
             if plain is None or row is plain:
                 continue
             own, other = _same_seeds(row, plain)
-            for metric, values in ((right, row_hits), ("loss", row_losses)):
-                if own and (test := _test(values(own), values(other), metric)):
-                    tests.append({"task": task, "method": name, "metric": metric, **test})
+            for metric in tested(task["metric"], own) if own else ():
+                if test := _test(row_values(own, metric), row_values(other, metric), metric):
+                    tests.append({"task": task["name"], "method": name, "metric": metric, **test})
     for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_corrected"] = corrected
     return tests
@@ -207,10 +207,10 @@ def _same_seeds(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Any], list[A
 
 
 def _test(own: Any, other: Any, metric: str) -> dict[str, Any] | None:
-    """None where there is nothing to compare, or a training diverged."""
-    if own is None or other is None or not (np.isfinite(own).all() and np.isfinite(other).all()):
+    """None where a training diverged."""
+    if not (np.isfinite(own).all() and np.isfinite(other).all()):
         return None
-    return paired_test(own, other, "loss" if metric == "loss" else "accuracy")
+    return paired_test(own, other, metric)
 
 
 def _friedman(methods: list[dict[str, Any]], tasks: list[dict[str, Any]], counted: list[str]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guilomo.run.compare import listed, sweep_notes
+from guilomo.run.compare import NOUNS, listed, sweep_notes
 
 ALPHA = 0.05
 FEW_SEEDS = 3
@@ -40,7 +40,7 @@ def _against_reference(results: dict[str, Any]) -> list[str]:
 def _claims(results: dict[str, Any], tests: list[dict[str, Any]], reference: str, won: bool) -> list[str]:
     """A sentence for each metric and set of tasks on which methods win, or lose, by significant tests."""
     who: dict[tuple[str, str], list[str]] = {}
-    for metric, noun in (("accuracy", "accuracy"), ("exact_match", "exact match"), ("loss", "loss per row")):
+    for metric, noun in NOUNS.items():
         for method in results["methods"]:
             sure = [t for t in tests if t["method"] == method["name"] and t["metric"] == metric]
             sure = [t for t in sure if t["p_corrected"] < ALPHA and t["difference"] != 0]

@@ -31,7 +31,8 @@ class Evaluation:
         row_loss: loss sum of each row, in nats.
         row_tokens: predictions (tokens with a label; 1 for classification) of each row.
         predictions: class or option index of each row, or the generated text; None if nothing was predicted.
-        correct: whether each prediction is right; None if nothing was predicted.
+        hits: whether each row is right, by the metric that is their share: "accuracy", "accuracy_per_character",
+            "exact_match"; empty if nothing was predicted.
         generated: generated texts, if asked for.
     """
 
@@ -44,7 +45,7 @@ class Evaluation:
     row_loss: list[float]
     row_tokens: list[int]
     predictions: list[int] | list[str] | None
-    correct: list[bool] | None
+    hits: dict[str, list[bool]]
     generated: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,34 +113,41 @@ class _Pass:
         """Loss, predictions counted and predicted class of each row."""
         return row_results(self.model, self.task, self.task.rows(self.split), self.batch_size, self.progress)
 
-    def evaluation(self, scores: dict[str, Score], losses: list[float], counts: list[int], **found: Any) -> Evaluation:
+    def evaluation(
+        self,
+        scores: dict[str, Score],
+        losses: list[float],
+        counts: list[int],
+        hits: dict[str, list[bool]],
+        predictions: list[int] | list[str] | None = None,
+        generated: list[str] | None = None,
+    ) -> Evaluation:
         """Joins scores and per-row results with what identifies the rows."""
         task = self.task
         ids = [str(row["example"]) for row in task.rows(self.split)]
-        empty = {"predictions": None, "correct": None}
-        return Evaluation(
-            task.name, task.kind, self.split, task.data_hash, scores, ids, losses, counts, **{**empty, **found}
-        )
+        named = (task.name, task.kind, self.split, task.data_hash)
+        return Evaluation(*named, scores, ids, losses, counts, predictions, hits, generated)
 
 
 def _classification(work: _Pass) -> Evaluation:
     losses, counts, guesses = work.results()
     labels = [int(row["labels"]) for row in work.task.rows(work.split)]
-    correct = [a == b for a, b in zip(labels, guesses, strict=True)]
+    hits = {"accuracy": [a == b for a, b in zip(labels, guesses, strict=True)]}
     scores = {"loss": metrics.mean_loss(losses, counts), **_class_metrics(labels, guesses, work.task.num_labels)}
-    return work.evaluation(scores, losses, counts, predictions=guesses, correct=correct)
+    return work.evaluation(scores, losses, counts, hits, guesses)
 
 
 def _language(work: _Pass, generate: bool, max_new_tokens: int | None) -> Evaluation:
     losses, counts, _ = work.results()
     scores = {"loss": metrics.mean_loss(losses, counts), "perplexity": metrics.perplexity(losses, counts)}
+    hits: dict[str, list[bool]] = {}
     found: dict[str, Any] = {}
     if work.examples and all(example.choices for example in work.examples):
-        found = _choose(work, scores)
+        found = _choose(work, scores, hits)
     if generate:
         # Where there are options they stay the predictions; the texts are kept beside them.
-        found = {**_generate(work, max_new_tokens, scores), **found}
-    return work.evaluation(scores, losses, counts, **found)
+        found = {**_generate(work, max_new_tokens, scores, hits), **found}
+    return work.evaluation(scores, losses, counts, hits, **found)
 
 
 def _class_metrics(labels: Sequence[int], guesses: Sequence[int], classes: int) -> dict[str, Score]:
@@ -150,17 +158,17 @@ def _class_metrics(labels: Sequence[int], guesses: Sequence[int], classes: int) 
     }
 
 
-def _choose(work: _Pass, scores: dict[str, Score]) -> dict[str, Any]:
+def _choose(work: _Pass, scores: dict[str, Score], hits: dict[str, list[bool]]) -> dict[str, Any]:
     """Option likelihood; an option is right if its words are, since some sets repeat an option."""
     examples = work.examples
     found = score_options(work.model, work.task, examples, work.batch_size, work.progress)
-    correct = _option_hits(examples, found.by_sum)
     first = examples[0].choices or ()
     if all(example.type == "cls" and example.choices == first for example in examples):
         scores |= _class_metrics([example.label or 0 for example in examples], found.by_sum, len(first))
-    scores["accuracy"] = metrics.accuracy(correct)
-    scores["accuracy_per_character"] = metrics.accuracy(_option_hits(examples, found.by_character))
-    return {"predictions": found.by_sum, "correct": correct}
+    for name, guesses in (("accuracy", found.by_sum), ("accuracy_per_character", found.by_character)):
+        hits[name] = _option_hits(examples, guesses)
+        scores[name] = metrics.accuracy(hits[name])
+    return {"predictions": found.by_sum}
 
 
 def _option_hits(examples: Sequence[Example], guesses: Sequence[int]) -> list[bool]:
@@ -170,9 +178,12 @@ def _option_hits(examples: Sequence[Example], guesses: Sequence[int]) -> list[bo
     ]
 
 
-def _generate(work: _Pass, max_new_tokens: int | None, scores: dict[str, Score]) -> dict[str, Any]:
+def _generate(
+    work: _Pass, max_new_tokens: int | None, scores: dict[str, Score], hits: dict[str, list[bool]]
+) -> dict[str, Any]:
     """Exact match of greedily generated answers."""
     texts = generate_answers(work.model, work.task, work.examples, work.batch_size, max_new_tokens, work.progress)
-    hits = [is_right(text, completion(example)) for text, example in zip(texts, work.examples, strict=True)]
-    scores["exact_match"] = metrics.accuracy(hits)
-    return {"predictions": texts, "correct": hits, "generated": texts}
+    pairs = zip(texts, work.examples, strict=True)
+    hits["exact_match"] = [is_right(text, completion(example)) for text, example in pairs]
+    scores["exact_match"] = metrics.accuracy(hits["exact_match"])
+    return {"predictions": texts, "generated": texts}

@@ -30,6 +30,13 @@ BOUNDS = {
     "perplexity": (1.0, math.inf),
 }
 """Ends of the scales that intervals over few seeds could leave."""
+NOUNS = {
+    "accuracy": "accuracy",
+    "accuracy_per_character": "accuracy per character",
+    "exact_match": "exact match",
+    "loss": "loss per row",
+}
+"""What tests can be of, in the words of a verdict."""
 KINDS = {SEARCHED: "searched", PLAIN_LORA: "baseline"}
 
 
@@ -40,7 +47,7 @@ def results_of(run: Run) -> dict[str, Any]:
     wanted = len(config.methods) * len(config.seeds)
     search = searches_of(run)
     metric = config.evaluation.metric or leading_metric(methods)
-    tests = _tests(run, methods)
+    tests = _tests(methods, metric)
     return {
         "schema": SCHEMA,
         "guilomo": guilomo.__version__,
@@ -59,7 +66,7 @@ def results_of(run: Run) -> dict[str, Any]:
         "methods": [{k: v for k, v in m.items() if k != "rows"} for m in methods],
         "tests": tests,
         "primary_metric": metric,
-        "verdict": verdict(methods, tests, metric) + sweep_notes(methods),
+        "verdict": verdict(methods, tests) + sweep_notes(methods),
     }
 
 
@@ -179,7 +186,7 @@ def leading_metric(methods: list[dict[str, Any]]) -> str:
     return next((n for n in ("accuracy", "exact_match", "perplexity") if n in names), "loss")
 
 
-def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _tests(methods: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """The searched method against every other, paired by test row and by seed; Holm over all of them."""
     searched = next((m for m in methods if m["kind"] == "searched" and m["rows"]), None)
     if searched is None:
@@ -188,11 +195,9 @@ def _tests(run: Run, methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for other in methods:
         if other is searched or len(other["rows"]) != len(searched["rows"]):
             continue
-        for metric, values in (("loss", row_losses), ("accuracy", row_hits)):
-            a, b = values(searched["rows"]), values(other["rows"])
-            if a is None or b is None:
-                continue
-            found.append({"a": searched["name"], "b": other["name"], "metric": metric, **paired_test(a, b, metric)})
+        for name in tested(metric, searched["rows"]):
+            a, b = row_values(searched["rows"], name), row_values(other["rows"], name)
+            found.append({"a": searched["name"], "b": other["name"], "metric": name, **paired_test(a, b, name)})
     for test, corrected in zip(found, holm([t["p"] for t in found]), strict=True):
         test["p_corrected"] = corrected
     return found
@@ -202,32 +207,36 @@ def paired_test(a: Any, b: Any, metric: str) -> dict[str, Any]:
     """Difference ``a - b`` of values ``(seeds, rows)`` with its interval, p-value and the name of the test."""
     found = paired_runs(a, b)
     p, test = found.p_value, "paired t over test rows and seeds" if len(a) > 1 else "paired bootstrap over test rows"
-    if metric == "accuracy" and len(a) == 1:
+    if metric != "loss" and len(a) == 1:
         p, test = mcnemar(a[0] > 0, b[0] > 0).p_value, "exact McNemar test over test rows"
     score = found.score
     return {"difference": score.value, "low": score.low, "high": score.high, "p": p, "test": test}
 
 
-def row_losses(rows: list[dict[str, Any]]) -> Any:
-    """Mean loss per prediction ``(seeds, rows)``."""
-    return np.array([np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows])
+def tested(metric: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The metrics that methods are tested in: that which says what rows are right, if there is one, and the loss.
+
+    It is the leading metric where that is a share of right rows, else the first of NOUNS that was measured.
+    """
+    right = [name for name in (metric, *NOUNS) if all(name in r["hits"] for r in rows)]
+    return [*right[:1], "loss"]
 
 
-def row_hits(rows: list[dict[str, Any]]) -> Any:
-    """1.0 where a prediction is right, else 0.0, `(seeds, rows)`; None where nothing was predicted."""
-    if any(r["correct"] is None for r in rows):
-        return None
-    return np.array([r["correct"] for r in rows], dtype=float)
+def row_values(rows: list[dict[str, Any]], metric: str) -> Any:
+    """What is paired, ``(seeds, rows)``: the mean loss per prediction, or 1.0 where a row is right and else 0.0."""
+    if metric == "loss":
+        return np.array([np.array(r["row_loss"]) / np.maximum(np.array(r["row_tokens"]), 1) for r in rows])
+    return np.array([r["hits"][metric] for r in rows], dtype=float)
 
 
-def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]], metric: str) -> list[str]:
+def verdict(methods: list[dict[str, Any]], tests: list[dict[str, Any]]) -> list[str]:
     """What the numbers say and do not say, in plain sentences."""
     searched = next((m for m in methods if m["kind"] == "searched" and m["runs"]), None)
     if searched is None or not tests:
         return []
     labels = {m["name"]: m["label"] for m in methods}
     out = []
-    for name, noun in (("accuracy", "accuracy"), ("loss", "loss per row")):
+    for name, noun in NOUNS.items():
         group = [t for t in tests if t["metric"] == name]
         if not group:
             continue

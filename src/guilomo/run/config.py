@@ -172,7 +172,11 @@ class EvaluationConfig(BaseModel):
     generate: bool = Field(False, description="causal_lm: also generate answers greedily and match them exactly.")
     metric: (
         Literal["loss", "accuracy", "f1", "matthews", "perplexity", "accuracy_per_character", "exact_match"] | None
-    ) = Field(None, description="Metric the report leads with; unset: accuracy, exact match, perplexity or loss.")
+    ) = Field(
+        None,
+        description="Metric the report leads with; an accuracy of any kind is also what is tested. Unset: accuracy, exact "
+        "match, perplexity or loss.",
+    )
 
 
 def share_top_k(value: Any) -> Any:

@@ -30,5 +30,5 @@ def score_record(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "data_hash": scored["data_hash"],
         "metrics": scored["metrics"],
-        "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "correct")},
+        "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "hits")},
     }
