@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from guilomo.compare.facts import chance_of
 from guilomo.compare.results import _above_chance, _friedman, _rank, _same_seeds, _tests
+from guilomo.evaluation import chance_of
 from guilomo.tasks import Example
 
 SCORES = {
@@ -103,23 +103,33 @@ def test_without_an_accuracy_chance_is_not_tested(chance: float | None, rows: li
     assert "Not tested" in note
 
 
-def example(choices: tuple[str, ...] | None, label: int | None) -> Example:
-    return Example("i", "t", "test", "mc", "", "", choices, label, "")
+def example(choices: tuple[str, ...] | None, label: int | None, task: str = "t") -> Example:
+    return Example("i", task, "test", "mc", "", "", choices, label, "")
 
 
 @pytest.mark.parametrize(
-    ("examples", "chance"),
+    ("examples", "parts", "chance"),
     [
-        ([example(("a", "b"), 0), example(("a", "b"), 0), example(("a", "b"), 1)], 2 / 3),
-        ([example(("a", "b"), 0), example(("c", "d", "e", "f"), 0)], (1 / 2 + 1 / 4) / 2),
-        ([example(None, None)], None),
-        ([], None),
+        ([example(("a", "b"), 0), example(("a", "b"), 0), example(("a", "b"), 1)], (), 2 / 3),
+        ([example(("a", "b"), 0), example(("c", "d", "e", "f"), 0)], (), (1 / 2 + 1 / 4) / 2),
+        ([example(None, None)], (), None),
+        ([], (), None),
+        # Of each part the most frequent class: 2 of 3 and 1 of 1, where 2 of 4 rows have the most frequent of all.
+        (
+            [example(("a", "b"), 0, "t"), example(("a", "b"), 0, "t"), example(("a", "b"), 1, "t")]
+            + [example(("a", "b"), 1, "u")],
+            ("t", "u"),
+            3 / 4,
+        ),
     ],
 )
-def test_chance_is_the_most_frequent_class_or_a_guess(examples: list[Example], chance: float | None) -> None:
+def test_chance_is_the_most_frequent_class_or_a_guess(
+    examples: list[Example], parts: tuple[str, ...], chance: float | None
+) -> None:
     class Rows:
         def __init__(self) -> None:
             self.examples = {"test": examples}
+            self.parts = parts
 
     assert chance_of(Rows()) == (None if chance is None else pytest.approx(chance))  # type: ignore[arg-type]
 

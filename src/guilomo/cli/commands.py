@@ -27,7 +27,16 @@ from guilomo.evaluation import run_lm_eval
 from guilomo.files import check_checksum, refuse_pickle
 from guilomo.layers.routers import cost_of_router
 from guilomo.methods import METHODS
-from guilomo.report import allocation_table, comparison_table, plot_allocation, plot_headline, save_figure, write_report
+from guilomo.report import (
+    allocation_table,
+    comparison_table,
+    parts_table,
+    plot_allocation,
+    plot_headline,
+    save_figure,
+    write_report,
+)
+from guilomo.report.reading import part_names
 from guilomo.run import Run, load_recipe
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.dry import cut_texts, dry_run
@@ -75,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _show(results: dict[str, Any], folder: Path) -> None:
     print_table(comparison_table(results), comparison_table(_leading(results)))
+    if part_names(results):
+        print_table(parts_table(results))
     for sentence in [*results["verdict"], *_search_warnings(results)]:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"\nreport   {folder / 'report.html'}\nresults  {folder / 'results.json'}", highlight=False)
@@ -174,16 +185,20 @@ def train(arguments: argparse.Namespace) -> None:
         seed = job.config.seeds[0] if arguments.seed is None else arguments.seed
         result = job.train(methods[arguments.method], seed)
         job.write_results()
-    _scores(result["metrics"])
+    _scores(result)
     folder = job.config.folder / "methods" / arguments.method / f"seed-{seed}" / "adapter"
     console.print(f"adapter  {folder}", highlight=False)
 
 
-def _scores(metrics: dict[str, dict[str, Any]]) -> None:
+def _scores(result: dict[str, Any]) -> None:
+    """Of the whole task, and of every part of a mixed one."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("metric", "value", "95 % interval", "n"):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for name, found in metrics.items():
+    scores = dict(result["metrics"])
+    for part, metrics in result["parts"].items():
+        scores |= {f"{part}: {name}": found for name, found in metrics.items()}
+    for name, found in scores.items():
         interval = "–" if found["low"] is None else f"{found['low']:.4f} – {found['high']:.4f}"
         value = "not finite" if found["value"] is None else f"{found['value']:.4f}"
         table.add_row(name, value, interval, str(found["n"]))
@@ -210,8 +225,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 options.generate,
                 lambda done, rows: job.progress(arguments.split, done, rows, ""),
             ).to_dict()
-        content = {key: result[key] for key in ("task", "split", "data_hash", "metrics")}
-        _scores(content["metrics"])
+        content = {key: result[key] for key in ("task", "split", "data_hash", "metrics", "parts")}
+        _scores(content)
     if arguments.save:
         write_json(Path(arguments.save), content)
 

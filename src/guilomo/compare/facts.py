@@ -5,14 +5,12 @@ tasks/TASK/facts.json
 
 from __future__ import annotations
 
-from collections import Counter
-from statistics import mean
 from typing import Any
 
 from guilomo.compare.work import Worker
+from guilomo.evaluation import chance_of
 from guilomo.run.compare import data_facts
 from guilomo.run.files import read_json, write_json
-from guilomo.tasks import Task
 
 
 def facts_of(worker: Worker, task: str) -> dict[str, Any]:
@@ -46,17 +44,3 @@ def check_data(worker: Worker, task: str) -> None:
     folder = worker.board.runs[task].folder
     known = read_json(folder / "facts.json")["data"]["hash"]
     worker.job(task, worker.board.config.reference.name).refuse_other_data({"data_hash": known}, folder)
-
-
-def chance_of(task: Task) -> float | None:
-    """Accuracy on the test rows without reading them; None where there is no accuracy.
-
-    That of always naming the most frequent class, or where every row has choices of its own, of guessing among them.
-    """
-    examples = task.examples["test"]
-    if not examples or any(example.choices is None for example in examples):
-        return None
-    choices = [tuple(example.choices or ()) for example in examples]
-    if len(set(choices)) == 1:
-        return max(Counter(example.label for example in examples).values()) / len(examples)
-    return mean(1 / len(found) for found in choices)

@@ -85,6 +85,7 @@ def _task(board: Board, name: str, facts: dict[str, Any], rows: list[dict[str, A
         "budget": facts["budget"],
         "above_chance": above,
         "chance_note": note,
+        "parts": board.runs[name].task.part_names,
     }
 
 
@@ -140,11 +141,18 @@ def _entry(board: Board, method: MethodConfig, task: dict[str, Any], row: dict[s
         "low": score.get("low"),
         "high": score.get("high"),
         "rank": None,
+        "parts": {part: _on_part(found, task["metric"]) for part, found in (row["parts"] if row else {}).items()},
         "allocation": row and row["allocation"],
         "router": first and first["router"],
         "step_time_ratio": costs.get("step_time_ratio"),
         "peak_bytes_ratio": costs.get("peak_bytes_ratio"),
     }
+
+
+def _on_part(summary: dict[str, Any], metric: str) -> dict[str, Any]:
+    """The task's metric on a part of it, or the loss where that metric is not made of single rows."""
+    name = metric if metric in summary else "loss"
+    return {"metric": name, **{key: summary[name][key] for key in ("mean", "low", "high")}}
 
 
 def _cell(board: Board, cell: Cell, run: dict[str, Any] | None, task: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Evaluation: scoring models on tasks, and statistics that say how sure a score or a difference is."""
 
 from .agreement import RoutingAgreement, routing_agreement
+from .chance import chance_of
 from .lm_eval import run_lm_eval
 from .scoring import Evaluation, evaluate
 from .statistics import (
@@ -25,6 +26,7 @@ __all__ = [
     "Score",
     "bootstrap",
     "bootstrap_counts",
+    "chance_of",
     "evaluate",
     "holm",
     "mcnemar",

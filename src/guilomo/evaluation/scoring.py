@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import invalid
 from ..tasks import Example, Task
 from ..tasks.templates import completion
+from ..tuner import TASKS
 from . import metrics
 from .answers import is_right
 from .forward import Progress, evaluating, row_results
@@ -34,6 +35,7 @@ class Evaluation:
         hits: whether each row is right, by the metric that is their share: "accuracy", "accuracy_per_character",
             "exact_match"; empty if nothing was predicted.
         generated: generated texts, if asked for.
+        parts: the metrics of each part of a mixed task, those that are made of single rows; see `guilomo.tasks.mixed`.
     """
 
     task: str
@@ -47,10 +49,16 @@ class Evaluation:
     predictions: list[int] | list[str] | None
     hits: dict[str, list[bool]]
     generated: list[str] | None = None
+    parts: dict[str, dict[str, Score]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**self.__dict__, "metrics": {name: score.to_dict() for name, score in self.metrics.items()}}
+        parts = {part: _plain(scores) for part, scores in self.parts.items()}
+        return {**self.__dict__, "metrics": _plain(self.metrics), "parts": parts}
+
+
+def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {name: score.to_dict() for name, score in scores.items()}
 
 
 def evaluate(
@@ -126,7 +134,23 @@ class _Pass:
         task = self.task
         ids = [str(row["example"]) for row in task.rows(self.split)]
         named = (task.name, task.kind, self.split, task.data_hash)
-        return Evaluation(*named, scores, ids, losses, counts, predictions, hits, generated)
+        found = Evaluation(*named, scores, ids, losses, counts, predictions, hits, generated)
+        return replace(found, parts=_part_scores(task, found))
+
+
+def _part_scores(task: Task, evaluation: Evaluation) -> dict[str, dict[str, Score]]:
+    """The scores of every part of a mixed task, by its name, from the results of its rows; none of a single task."""
+    ids = [row[TASKS] for row in task.rows(evaluation.split)] if task.parts else []
+    places = {part: [index for index, own in enumerate(ids) if own == i] for i, part in enumerate(task.parts)}
+    return {part: _scores_of(evaluation, rows) for part, rows in places.items() if rows}
+
+
+def _scores_of(evaluation: Evaluation, rows: Sequence[int]) -> dict[str, Score]:
+    losses, counts = [evaluation.row_loss[i] for i in rows], [evaluation.row_tokens[i] for i in rows]
+    found = {"loss": metrics.mean_loss(losses, counts)}
+    if evaluation.kind != "classification":
+        found["perplexity"] = metrics.perplexity(losses, counts)
+    return found | {name: metrics.accuracy([hits[i] for i in rows]) for name, hits in evaluation.hits.items()}
 
 
 def _classification(work: _Pass) -> Evaluation:

@@ -65,6 +65,7 @@ def _context(results: Results) -> dict[str, Any]:
         "sizes": size_facts(results),
         "verdict": list(results.get("verdict") or []),
         "rows": rows.comparison_rows(results),
+        "parts": rows.part_rows(results),
         "swept": any(map(rows.rate_text, methods_of(results))),
         "tests": rows.test_rows(results),
         "routers": rows.router_rows(results),

@@ -120,6 +120,17 @@ def estimate_of(method: Method, metric: str) -> Estimate | None:
     return Estimate(mean, number(summary.get("low")), number(summary.get("high")), seeds)
 
 
+def part_names(results: Results) -> list[str]:
+    """The parts of a mixed task that were scored, in their order; none of a single task."""
+    return list(dict.fromkeys(name for method in methods_of(results) for name in part(method, "parts")))
+
+
+def on_part(method: Method, name: str) -> Method:
+    """The method with its scores on one part of a mixed task in place of those on the whole."""
+    runs = [{"metrics": part(run, "parts", name)} for run in runs_of(method)]
+    return {**method, "summary": part(method, "parts", name), "runs": runs}
+
+
 def step_seconds(method: Method) -> float | None:
     """The mean time of one training step over the seeds."""
     times = [number(run.get("step_seconds")) for run in runs_of(method)]

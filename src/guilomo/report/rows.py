@@ -13,7 +13,10 @@ from guilomo.report.reading import (
     lead_of,
     methods_of,
     metrics_of,
+    on_part,
     part,
+    part_names,
+    primary_of,
     step_seconds,
 )
 from guilomo.report.router import health_of
@@ -74,6 +77,26 @@ def comparison_rows(results: Results) -> list[Row]:
             "step_ms": _milliseconds(step_seconds(method)),
         }
         for method in methods_of(results)
+    ]
+
+
+def part_rows(results: Results) -> list[Row]:
+    """One row per method of a mixed task: its scores on every part; nothing of a single task."""
+    names, lead = part_names(results), lead_of(results)
+    measured = {name for method in methods_of(results) for part_ in names for name in part(method, "parts", part_)}
+    shown = list(dict.fromkeys(name for name in (primary_of(results), "loss") if name in measured))
+    return [
+        {
+            "label": label_of(method),
+            "lead": method is lead,
+            "cells": [
+                (f"{name}: {title_of(metric)}", *interval_text(on_part(method, name), metric))
+                for name in names
+                for metric in shown
+            ],
+        }
+        for method in methods_of(results)
+        if names
     ]
 
 

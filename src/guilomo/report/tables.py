@@ -7,7 +7,7 @@ from rich.table import Table
 from guilomo.allocation.plan import Allocation
 from guilomo.report.heatmap import rank_detail
 from guilomo.report.reading import Results
-from guilomo.report.rows import comparison_rows, plain_lora
+from guilomo.report.rows import comparison_rows, part_rows, plain_lora
 from guilomo.report.units import DASH, count
 
 
@@ -35,6 +35,23 @@ def comparison_table(results: Results) -> Table:
         step = row["step"] if ratio else row["step_ms"]
         style = "bold" if row["lead"] else None
         table.add_row(_plain(row["label"]), *metrics, row["parameters"], row["active"], step, *rate, style=style)
+    return table
+
+
+def parts_table(results: Results) -> Table:
+    """The methods with their scores on every part of a mixed task.
+
+    Args:
+        results: the parsed results.json of a mixed task.
+    """
+    rows = part_rows(results)
+    table = Table(title="on each part", box=None, header_style="dim", pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for name, _, _ in rows[0]["cells"]:
+        table.add_column(_plain(name), justify="right")
+    for row in rows:
+        cells = [_plain(f"{value} {interval}".strip()) for _, value, interval in row["cells"]]
+        table.add_row(_plain(row["label"]), *cells, style="bold" if row["lead"] else None)
     return table
 
 

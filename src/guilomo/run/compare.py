@@ -10,7 +10,7 @@ import numpy as np
 
 import guilomo
 from guilomo.allocation import Allocation, RouterCost
-from guilomo.evaluation import holm, mcnemar, paired_runs, t_interval
+from guilomo.evaluation import chance_of, holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
 from guilomo.run.bank_rows import XLORA, from_bank
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
@@ -73,17 +73,14 @@ def results_of(run: Run) -> dict[str, Any]:
 def data_facts(run: Run) -> dict[str, Any]:
     """Name, hash and sizes of the data; for classification also the share of the most frequent test class."""
     task = run.task
-    chance = None
-    if task.kind == "classification":
-        labels = [row["labels"] for row in task.test]
-        chance = max(np.bincount(labels)) / len(labels)
+    chance = chance_of(task) if task.kind == "classification" else None
     return {
         "name": task.name,
         "kind": task.kind,
         "hash": task.data_hash,
         "sizes": {split: len(task.rows(split)) for split in ("train", "held_out", "test")},
         "labels": task.labels,
-        "chance": None if chance is None else round(float(chance), 4),
+        "chance": None if chance is None else round(chance, 4),
         "truncated": sum(task.truncated.values()),
     }
 
@@ -126,7 +123,8 @@ def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
         **_costs(method, plans, router, runs),
         "sweep": _sweep(run, method),
         "runs": runs,
-        "summary": _summary(runs),
+        "summary": _summary([r["metrics"] for r in runs]),
+        "parts": {part: _summary([r["parts"][part] for r in runs]) for part in (runs[0]["parts"] if runs else ())},
         "rows": [r["rows"] for r in full],
     }
 
@@ -153,16 +151,16 @@ def _sweep(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     return {k: v for k, v in read_json(path).items() if k != "data_hash"} if path.exists() else None
 
 
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean of every metric over seeds, with an interval for the choice of test rows and the luck of training."""
     out: dict[str, Any] = {}
-    for name in runs[0]["metrics"] if runs else ():
-        scores = [r["metrics"][name] for r in runs]
+    for name in seeds[0] if seeds else ():
+        scores = [metrics[name] for metrics in seeds]
         low, high = _interval(scores, *BOUNDS.get(name, (-math.inf, math.inf)))
         # A value that is not finite is written as null, and so is a mean that rests on one.
         known = all(score["value"] is not None for score in scores)
         centre = mean(score["value"] for score in scores) if known else None
-        out[name] = {"mean": centre, "low": low, "high": high, "seeds": len(runs), "n": scores[0]["n"]}
+        out[name] = {"mean": centre, "low": low, "high": high, "seeds": len(seeds), "n": scores[0]["n"]}
     return out
 
 

@@ -30,5 +30,6 @@ def score_record(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "data_hash": scored["data_hash"],
         "metrics": scored["metrics"],
+        "parts": scored["parts"],
         "rows": {key: scored[key] for key in ("ids", "row_loss", "row_tokens", "hits")},
     }

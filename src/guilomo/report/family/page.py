@@ -86,6 +86,7 @@ def _context(compare: Comparison) -> dict[str, Any]:
         "left_out": facts.left_out(compare),
         "tasks": [_heading(task) for task in tasks_of(compare)],
         "rows": rows.method_rows(compare),
+        "mixtures": rows.mixtures(compare),
         "ranks": facts.rank_facts(compare),
         "plans": [plan.names for plan in plans_of(compare)],
         "routers": rows.router_rows(compare),

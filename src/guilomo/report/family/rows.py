@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from guilomo.report.facts import plural
@@ -17,9 +17,9 @@ from guilomo.report.family.reading import (
     result_of,
     tasks_of,
 )
-from guilomo.report.reading import Method, label_of
+from guilomo.report.reading import Method, label_of, part
 from guilomo.report.router import health_of
-from guilomo.report.units import DASH, Unit, count, p_value, plain, share, title_of
+from guilomo.report.units import DASH, Unit, count, number, p_value, plain, share, title_of, unit_of
 
 Row = dict[str, Any]
 SAYINGS = {"better": "better", "worse": "worse", "even": "not told apart"}
@@ -68,6 +68,24 @@ def cell_of(compare: Comparison, method: Method, task: Task) -> Row:
         "missing": _share_of(result.missing, result, "missing"),
         "reference": is_reference(compare, method) and result.mean is not None,
     }
+
+
+def mixtures(compare: Comparison) -> list[Row]:
+    """Of every mixed task, one row per method with its scores on the parts."""
+    found = []
+    for task in tasks_of(compare):
+        if names := list(task.source.get("parts") or []):
+            scores = [(label_of(m), part(m, "tasks", task.name, "parts")) for m in ordered_methods(compare)]
+            rows = [{"label": label, "cells": [_on_part(own, name) for name in names]} for label, own in scores]
+            found.append({"task": task.name, "parts": names, "rows": rows})
+    return found
+
+
+def _on_part(scores: Mapping[str, Any], name: str) -> Row:
+    own = part(scores, name)
+    unit = unit_of(str(own.get("metric") or ""))
+    interval = interval_text(number(own.get("low")), number(own.get("high")), unit)
+    return {"part": name, "value": unit.show(number(own.get("mean"))), "interval": interval}
 
 
 def _difference(test: Against, task: Task) -> str:

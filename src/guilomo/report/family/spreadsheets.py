@@ -70,6 +70,7 @@ def _on_task(compare: Comparison, method: Method, task: Task) -> dict[str, Any]:
             for metric in metrics_tested(compare, task)
             for name, value in _test(against(compare, method, task, metric)).items()
         },
+        **{f"{name}:{key}": value for name, found in part(entry, "parts").items() for key, value in found.items()},
         "done": result.done,
         "failed": result.failed,
         "missing": result.missing,
