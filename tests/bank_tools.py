@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from guilomo.tuner import LoraMoeLayer, SelectionMasks
@@ -77,6 +78,12 @@ def save(model: PeftModel, folder: Path) -> Path:
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
         model.save_pretrained(folder)
     return folder
+
+
+def replace_adapter(folder: Path) -> None:
+    """As a user does who trains it again into the same folder: equal shapes and configuration, other weights."""
+    path = folder / "adapter_model.safetensors"
+    save_file({key: tensor + 1 for key, tensor in load_file(path).items()}, path)
 
 
 def mixtures(model: nn.Module) -> dict[str, LoraMoeLayer]:

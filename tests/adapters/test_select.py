@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bank_tools import save_bank_of
+from bank_tools import replace_adapter, save_bank_of
 from guilomo import GuilomoError
 from guilomo.adapters import Selection, adapters_in, attached, describe, draw_shots, mixture_of, score_shots, select
 from guilomo.evaluation import evaluate
@@ -135,6 +136,37 @@ def test_manual(llama: nn.Module, bank: dict[str, Path], task: Task) -> None:
     assert found.examples == []
     mixture = mixture_of(copy.deepcopy(llama), found.folders)
     assert mixture.peft_config["default"].expert_names == ["c", "a"]
+
+
+def test_a_selection_knows_the_adapters_it_looked_at(llama: nn.Module, bank: dict[str, Path], task: Task) -> None:
+    """By their content: a copy has the same digest."""
+    scored = select(llama, bank, task, 4, by="perplexity", count=1)
+    digests = {candidate.name: candidate.digest for candidate in scored.candidates}
+    assert len({*digests.values()} - {None}) == 5
+    found = select(llama, bank, task, by="manual", names=["c", "a"])
+    assert {c.name: c.digest for c in found.candidates if c.digest} == {name: digests[name] for name in ("a", "c")}
+
+
+def test_the_chosen_are_found_where_the_bank_is_now(
+    llama: nn.Module, bank: dict[str, Path], task: Task, tmp_path: Path
+) -> None:
+    found = select(llama, bank, task, by="manual", names=["c", "a"])
+    moved = {name: shutil.copytree(folder, tmp_path / name) for name, folder in bank.items()}
+    assert found.in_bank(moved, "") == {name: moved[name] for name in ("c", "a")}
+    assert found.in_bank({}, "") == found.folders
+    replace_adapter(moved["b"])
+    assert found.in_bank(moved, "") == {name: moved[name] for name in ("c", "a")}
+    replace_adapter(moved["a"])
+    with pytest.raises(GuilomoError, match=rf"Adapter 'a' in {moved['a']} is not the one .* Restore it, or pray\."):
+        found.in_bank(moved, "pray")
+
+
+def test_a_selection_without_digests_is_none(llama: nn.Module, bank: dict[str, Path], task: Task) -> None:
+    content = select(llama, bank, task, by="manual", names=["c"]).to_dict()
+    for candidate in content["candidates"]:
+        del candidate["digest"]
+    with pytest.raises(GuilomoError, match=r"a chosen adapter has no digest.*guilomo bank select"):
+        Selection.from_dict(content)
 
 
 def test_the_base_model_is_as_before_and_never_copied(

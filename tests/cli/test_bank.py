@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import guilomo.run.bank
-from bank_tools import save_bank_of
+from bank_tools import replace_adapter, save_bank_of
 from guilomo.cli import main
 from guilomo.run.files import read_json
 from guilomo.training import fine_tune
@@ -118,6 +118,29 @@ def test_build_without_training_keeps_the_adapters(
     assert torch.equal(weights[f"{down}.molora_A"][1:], single[f"{down}.lora_A.weight"])
     assert torch.equal(weights[f"{down}.molora_B"][:, 1:], 1.5 * single[f"{down}.lora_B.weight"])
     assert read_json(output / "bank.json")["fitted"] is None
+
+
+def test_build_takes_the_adapters_that_were_selected_or_none(
+    bank: Path, recipe_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, chosen = Path(shutil.copytree(bank, tmp_path / "own")), str(tmp_path / "selection.json")
+    manual = ["--bank", str(own), "--by", "manual", "--names", "b,c", "--save", chosen, "--quiet"]
+    assert main(["bank", "select", recipe_file, *manual]) == 0
+    replace_adapter(own / "c")
+
+    def build(output: str, *more: str) -> int:
+        arguments = ["--selection", chosen, "--output", str(tmp_path / output), "--quiet", *more]
+        return main(["bank", "build", recipe_file, *arguments])
+
+    assert build("replaced") == 2
+    said = capsys.readouterr().err
+    assert f"Adapter 'c' in {own / 'c'} is not the one that was chosen" in said
+    assert "choose again with guilomo bank select" in said
+    assert not (tmp_path / "replaced").exists()
+    shutil.rmtree(own)
+    assert build("gone") == 2
+    assert build("moved", "--bank", str(bank)) == 0
+    assert read_json(tmp_path / "moved" / "bank.json")["adapters"] == {n: str(bank / n) for n in ("b", "c")}
 
 
 def test_a_fit_that_was_stopped_ends_in_the_same_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from bank_tools import save_bank_of
+from bank_tools import replace_adapter, save_bank_of
 from guilomo.adapters import Selection
 from guilomo.cli.adapters import load_adapter
 from guilomo.compare import CompareConfig, Comparison
@@ -100,7 +101,7 @@ def test_a_saved_row_comes_back_to_the_same_bits(name: str, bank: Path, recipe: 
 
 
 def test_the_choice_is_made_once_and_bound_to_the_data(bank: Path, recipe: dict[str, Any]) -> None:
-    run = run_of(recipe, row("loralib", bank, by="random", seed=3))
+    run = run_of(recipe, row("loralib", bank))
     (method,) = run.config.methods
     run.plan(method, 0)
     path = run.config.folder / "methods" / "loralib" / "selection.json"
@@ -120,6 +121,45 @@ def test_the_choice_holds_where_the_bank_has_moved(bank: Path, recipe: dict[str,
     (method,) = elsewhere.config.methods
     assert elsewhere.plan(method, 0) == plan
     attach(elsewhere.fresh_model(0), plan, method, elsewhere.config, elsewhere.task)
+
+
+def test_an_adapter_that_was_replaced_is_refused(bank: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Also in the middle of a row's trainings; what is done stays, and a restored one is trained on."""
+    run = run_of(recipe, row("loralib", bank, by="manual", names=["b", "a"]), seeds=[0, 1, 2])
+    (method,) = run.config.methods
+    done = run.train(method, 0)
+    kept = shutil.copytree(bank / "a", tmp_path / "kept")
+    replace_adapter(bank / "a")
+    folder = run.config.folder / "methods" / "loralib"
+    said = rf"Adapter 'a' in {bank / 'a'} is not the one that was chosen.*Restore it, or delete {folder} to choose"
+    assert run.train(method, 0)["rows"] == done["rows"]
+    with pytest.raises(GuilomoError, match=said):
+        run.train(method, 1)
+    with pytest.raises(GuilomoError, match=said):
+        attach(run.fresh_model(0), run.task, method, run.config, run.task)  # type: ignore[arg-type]
+    shutil.rmtree(bank / "a")
+    with pytest.raises(GuilomoError, match=said):
+        run.train(method, 1)
+    shutil.copytree(kept, bank / "a")
+    assert run.train(method, 1)["seed"] == 1
+    config = json.loads((bank / "a" / "adapter_config.json").read_text())
+    (bank / "a" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 80}))
+    with pytest.raises(GuilomoError, match=said):
+        run.train(method, 2)
+    shutil.rmtree(folder)
+    assert run.train(method, 2)["seed"] == 2
+
+
+def test_an_adapter_that_was_not_chosen_may_change(bank: Path, recipe: dict[str, Any]) -> None:
+    run = run_of(recipe, row("loralib", bank, count=2))
+    (method,) = run.config.methods
+    plan = run.plan(method, 0)
+    selection = Selection.load(run.config.folder / "methods" / "loralib" / "selection.json")
+    assert len({candidate.digest for candidate in selection.candidates}) == 3
+    for name in {"a", "b", "c"} - {*selection.chosen}:
+        replace_adapter(bank / name)
+    assert run.plan(method, 0) == plan
+    attach(run.fresh_model(0), plan, method, run.config, run.task)
 
 
 def test_xlora_refuses_what_it_would_load_in_part(bert_folder: Path, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from guilomo.adapters.attached import attached
+from guilomo.adapters.digest import digest_of
 from guilomo.adapters.fit import module_shapes, refuse_other_base
 from guilomo.adapters.lora import LoraAdapter, read_adapter
 from guilomo.adapters.rocket import check_sizes, rocket_choice
@@ -33,12 +34,14 @@ class Candidate:
 
     Attributes:
         name, folder: of the adapter.
+        digest: see `digest_of`; None where it was neither scored nor chosen.
         accuracy, perplexity: on the K examples, see `ShotScore`; None where they were not asked for.
         rank_sum: see `rocket_choice`; None for the other ways.
     """
 
     name: str
     folder: str
+    digest: str | None = None
     accuracy: float | None = None
     perplexity: float | None = None
     rank_sum: int | None = None
@@ -75,6 +78,27 @@ class Selection:
         known = {candidate.name: Path(candidate.folder) for candidate in self.candidates}
         return {name: known[name] for name in self.chosen}
 
+    def in_bank(self, bank: Mapping[str, Path], remedy: str) -> dict[str, Path]:
+        """The chosen adapters where a bank has them now, or else where they were; as they were when chosen.
+
+        Those that were not chosen are not looked at: their scores have done their part.
+
+        Args:
+            bank: adapter folders by name. remedy: what to do where an adapter cannot be restored.
+
+        Raises:
+            GuilomoError: one has other weights or another configuration than when it was chosen, or none.
+        """
+        digests = {candidate.name: candidate.digest for candidate in self.candidates}
+        folders = {name: bank.get(name, folder) for name, folder in self.folders.items()}
+        for name, folder in folders.items():
+            if digest_of(folder) != digests[name]:
+                raise GuilomoError(
+                    f"Adapter {name!r} in {folder} is not the one that was chosen: its weights or its configuration "
+                    f"were replaced since, or are gone. Restore it, or {remedy}."
+                )
+        return folders
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is not finite is "inf"."""
         found = asdict(self)
@@ -88,19 +112,20 @@ class Selection:
         """Back from `to_dict`.
 
         Raises:
-            GuilomoError: it is something else.
+            GuilomoError: it is something else, or lacks the digest of a chosen adapter.
         """
         try:
             candidates = [Candidate(**c) for c in content["candidates"]]
             candidates = [c if c.perplexity is None else replace(c, perplexity=float(c.perplexity)) for c in candidates]
             pairs = [(str(one), str(other), float(value)) for one, other, value in content["similarities"]]
             selection = cls(**{**content, "candidates": candidates, "similarities": pairs})
-            missing = selection.folders.keys() ^ set(selection.chosen)
+            digests = {candidate.name: candidate.digest for candidate in candidates}
+            if not all(digests[name] for name in selection.chosen):
+                raise ValueError("a chosen adapter has no digest")
         except (KeyError, TypeError, ValueError) as error:
             raise GuilomoError(
                 f"This is no selection of adapters ({error!r}). Make it with guilomo bank select."
             ) from error
-        assert not missing
         return selection
 
     @classmethod
@@ -162,16 +187,20 @@ def select(
     wanted = list(names) if names is not None else _drawn(folders, count, seed) if by == "random" else []
     for name in wanted or folders:
         refuse_other_base(read_adapter(folders[name], name), shapes)
+    digests = {name: digest_of(folders[name]) for name in wanted or folders}
     facts: dict[str, Any] = {"by": by, "task": task.name, "data_hash": task.data_hash, "k": k, "seed": seed}
     if wanted:
-        candidates = [Candidate(name, str(folder)) for name, folder in folders.items()]
+        candidates = [Candidate(name, str(folder), digests.get(name)) for name, folder in folders.items()]
         return Selection(chosen=wanted, candidates=candidates, examples=[], **facts)
     shots = draw_shots(task, k, seed)
     scores = _scores(model, folders, shots, by != "perplexity", batch_size, progress)
     facts["examples"] = [str(row["example"]) for row in shots.train]
     perplexity = {name: score.perplexity for name, score in scores.items()}
     accuracy = {name: score.accuracy or 0.0 for name, score in scores.items()}
-    candidates = [Candidate(n, str(folders[n]), score.accuracy, score.perplexity) for n, score in scores.items()]
+    candidates = [
+        Candidate(name, str(folders[name]), digests[name], score.accuracy, score.perplexity)
+        for name, score in scores.items()
+    ]
     if by == "rocket":
         choice = rocket_choice(accuracy, perplexity, partial(_similarity, folders, {}), count, pool)
         candidates = [replace(c, rank_sum=choice.rank_sums[c.name]) for c in candidates]

@@ -96,7 +96,8 @@ def build_from_bank(arguments: argparse.Namespace, prepared: Prepared) -> None:
     if selection is not None:
         if names is not None:
             raise invalid("--names", arguments.names, "unset with --selection, which names the adapters")
-        adapters = selection.folders
+        bank = adapters_in(arguments.bank) if arguments.bank else selection.folders
+        adapters = selection.in_bank(bank, "choose again with guilomo bank select")
     elif arguments.bank:
         adapters = _named(adapters_in(arguments.bank), names)
     else:

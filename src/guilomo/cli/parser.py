@@ -216,7 +216,9 @@ def _bank_select(command: argparse.ArgumentParser) -> None:
 
 
 def _bank_build(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--bank", metavar="DIR", help="folder with one adapter per subfolder")
+    command.add_argument(
+        "--bank", metavar="DIR", help="folder with one adapter per subfolder; with --selection, where it has moved to"
+    )
     command.add_argument("--names", metavar="A,B", help="the adapters to take, in this order (default: all)")
     command.add_argument("--selection", metavar="FILE", help="take those of guilomo bank select --save FILE instead")
     command.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")

@@ -154,20 +154,35 @@ def selection_of(run: Run, method: MethodConfig) -> Selection:
 
 
 def bank_plan(run: Run, method: MethodConfig) -> Allocation:
-    """The plan of a mixture of the chosen adapters; of X-LoRA, that in which a token uses all of them."""
-    bank = bank_row(method).adapters()
-    adapters = [read_adapter(bank[name], name) for name in selection_of(run, method).chosen]
+    """The plan of a mixture of the chosen adapters; of X-LoRA, that in which a token uses all of them.
+
+    Raises:
+        GuilomoError: see `selection_of`; or an adapter is not what it was when it was chosen.
+    """
+    chosen = _as_chosen(selection_of(run, method), method, run.config)
+    adapters = [read_adapter(folder, name) for name, folder in chosen.items()]
     shapes = module_shapes(run.fresh_model(run.config.seeds[0]))
     top_k = len(adapters) if method.strategy == XLORA else run.config.mixture_of(method).top_k
     return import_plan(adapters, shapes, top_k)
 
 
+def _as_chosen(selection: Selection, method: MethodConfig, config: RunConfig) -> dict[str, Path]:
+    """The folders of the chosen adapters, which must be those that were chosen.
+
+    By name: another machine may see the bank under another path than the one that chose.
+    """
+    remedy = f"delete {selection_file(config, method).parent} to choose and train again"
+    return selection.in_bank(bank_row(method).adapters(), remedy)
+
+
 def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_type: str) -> PeftModel:
-    """The model with the row's adapters, as `selection_of` has chosen them, ready to train."""
+    """The model with the row's adapters, as `selection_of` has chosen them, ready to train.
+
+    Raises:
+        GuilomoError: an adapter is not what it was when it was chosen.
+    """
     row = bank_row(method)
-    # By name: another machine may see the bank under another path than the one that chose.
-    bank = row.adapters()
-    adapters = {name: bank[name] for name in Selection.load(selection_file(config, method)).chosen}
+    adapters = _as_chosen(Selection.load(selection_file(config, method)), method, config)
     if method.strategy == XLORA:
         return xlora_of(model, adapters, **row.classifier)
     mixture = config.mixture_of(method).peft_options()

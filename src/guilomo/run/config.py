@@ -174,8 +174,8 @@ class EvaluationConfig(BaseModel):
         Literal["loss", "accuracy", "f1", "matthews", "perplexity", "accuracy_per_character", "exact_match"] | None
     ) = Field(
         None,
-        description="Metric the report leads with; an accuracy of any kind is also what is tested. Unset: accuracy, exact "
-        "match, perplexity or loss.",
+        description="Metric the report leads with, and tests by where it is an accuracy of any kind; unset: accuracy, "
+        "exact match, perplexity or loss.",
     )
 
 
