@@ -116,8 +116,7 @@ def example(choices: tuple[str, ...] | None, label: int | None, task: str = "t")
         ([], (), None),
         # Of each part the most frequent class: 2 of 3 and 1 of 1, where 2 of 4 rows have the most frequent of all.
         (
-            [example(("a", "b"), 0, "t"), example(("a", "b"), 0, "t"), example(("a", "b"), 1, "t")]
-            + [example(("a", "b"), 1, "u")],
+            [example(("a", "b"), label, task) for label, task in ((0, "t"), (0, "t"), (1, "t"), (1, "u"))],
             ("t", "u"),
             3 / 4,
         ),

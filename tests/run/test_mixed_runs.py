@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from bank_tools import save_bank_of
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.evaluation.generation import generate_answers
 from guilomo.layers.routers import LoraMixerRouter
+from guilomo.methods import METHODS
 from guilomo.run import Run
 from guilomo.run.files import read_json
 from guilomo.run.methods import attach
@@ -190,3 +193,19 @@ def test_a_hard_stage_needs_tasks(colour_recipe: Any, tmp_path: Path) -> None:
     job = run_of(colour_recipe(methods=[{"name": "lora_mixer", "mixture": mixture}]))
     with pytest.raises(GuilomoError, match=r"none was given\. In a recipe, give the tasks as task\.parts"):
         fine_tune(model_of(job, "lora_mixer", **mixture), job.task, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.bank])
+def test_rows_from_a_bank_take_mixed_tasks(
+    name: str, llama_folder: Path, text_recipe: Any, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    bank = save_bank_of(base, tmp_path / "bank", {"a": {"r": 1}, "b": {"r": 2}})
+    few = {"k": 4, "count": 2, "pool": 3} if name in ("rocket", "loralib") else {}
+    row = {"name": name, "options": {"bank": str(bank), **few}}
+    job = run_of(text_recipe("causal_lm", task=mixed, methods=["lora", row]))
+    job.prepare(resume=False)
+    own = job.all()["methods"][1]
+    assert set(own["parts"]) == {"colours", "swapped"}
+    whole, parts = own["summary"]["loss"], own["parts"]
+    assert whole["n"] == sum(part["loss"]["n"] for part in parts.values())
