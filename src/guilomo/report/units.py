@@ -10,7 +10,17 @@ THIN = "\N{NARROW NO-BREAK SPACE}"
 DASH = "\N{EN DASH}"
 
 PERCENT_METRICS = frozenset(
-    {"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "precision", "recall"}
+    {
+        "accuracy",
+        "accuracy_per_character",
+        "balanced_accuracy",
+        "exact_match",
+        "f1",
+        "macro_f1",
+        "micro_f1",
+        "precision",
+        "recall",
+    }
 )
 LOWER_IS_BETTER = frozenset(
     {"loss", "perplexity", "nll", "bits_per_byte", "error", "error_rate", "mse", "mae", "rmse", "wer"}
