@@ -19,7 +19,7 @@ from guilomo.compare.results import ALPHA
 from guilomo.evaluation.ranks import above_share
 from guilomo.report.family import plot_costs, plot_differences, plot_ranks
 from guilomo.report.family.reading import tasks_of
-from guilomo.report.family.rows import method_rows, task_rows
+from guilomo.report.family.rows import method_rows, mixtures, task_rows
 
 PAGE = ROOT / "docs" / "family.md"
 DPI = 110
@@ -77,6 +77,7 @@ def section(name: str, found: dict[str, Any]) -> str:
         "",
         *methods_table(found),
         "",
+        *[line for mixture in mixtures(found) for line in [*parts_table(mixture), ""]],
         *[f"![{PICTURES[what][1]}](family/{name}-{what}.png)\n" for what in shown(found)],
     ]
     return "\n".join(lines)
@@ -111,6 +112,18 @@ def methods_table(found: dict[str, Any]) -> list[str]:
         cells = [_cell(cell) for cell in row["cells"]]
         name = f"{row['label']} (experimental)" if row["maturity"] == "experimental" else row["label"]
         lines.append(f"| {' | '.join([name, *cells, row['rank'], row['parameters'], row['step'], row['memory']])} |")
+    return lines
+
+
+def parts_table(mixture: dict[str, Any]) -> list[str]:
+    """Scores on the parts of a mixed task."""
+    lines = [
+        f"| on each part of {mixture['task']} | {' | '.join(mixture['parts'])} |",
+        f"| --- |{' ---: |' * len(mixture['parts'])}",
+    ]
+    for row in mixture["rows"]:
+        cells = [f"{cell['value']} {cell['interval']}".strip() for cell in row["cells"]]
+        lines.append(f"| {' | '.join([row['label'], *cells])} |")
     return lines
 
 
