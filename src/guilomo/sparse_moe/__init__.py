@@ -1,10 +1,14 @@
-"""Pretrained sparse mixtures of experts: their experts as low-rank changes of a common feed-forward."""
+"""Full experts as low-rank changes of a common feed-forward: of sparse models, and of models fine-tuned from one."""
 
-from guilomo.sparse_moe.extract import EFFECTIVE, balanced_factors, effective_rank, extracted_mixture
+from guilomo.sparse_moe.extract import extracted_mixture
+from guilomo.sparse_moe.extraction import Extraction
+from guilomo.sparse_moe.factors import EFFECTIVE, RankChoice, balanced_factors, effective_rank
 from guilomo.sparse_moe.read import SparseBlock, sparse_blocks
 
 __all__ = [
     "EFFECTIVE",
+    "Extraction",
+    "RankChoice",
     "SparseBlock",
     "balanced_factors",
     "effective_rank",
