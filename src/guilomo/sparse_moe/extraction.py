@@ -1,6 +1,6 @@
-"""Experts of whole feed-forwards as low-rank changes of a common one (FlexMoRE, arXiv 2602.08818), ready to be attached.
+"""Experts of whole feed-forwards as low-rank changes of a common one (FlexMoRE, arXiv 2602.08818), to be attached.
 
-    W_e = W_0 + B_e A_e        one pair for every expert and linear, from `guilomo.sparse_moe.factors`
+W_e = W_0 + B_e A_e        one pair for every expert and linear, from `guilomo.sparse_moe.factors`
 """
 
 from __future__ import annotations
