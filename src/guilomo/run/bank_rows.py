@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from guilomo.adapters import Selection, adapters_in, mixture_of, read_adapter, select, xlora_of
@@ -18,10 +18,9 @@ from guilomo.adapters.mixture import FOLLOW_FROM_ADAPTERS, import_plan
 from guilomo.adapters.xlora import refuse_unloadable
 from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
-from guilomo.methods import METHODS
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.files import write_json
-from guilomo.run.recipe import problems
+from guilomo.run.ready_made import ReadyMade, options_of
 from guilomo.search.distributed import rank
 from guilomo.tasks.config import expand_path
 
@@ -69,37 +68,13 @@ class BankRow(BaseModel):
         return {name: expand_path(folder, f"options.bank.{name}") for name, folder in self.bank.items()}
 
 
-def from_bank(method: MethodConfig) -> bool:
-    """Whether the row starts from ready-made adapters."""
-    return bool(METHODS[method.strategy].bank)
-
-
-def bank_row(method: MethodConfig) -> BankRow:
-    """The row's options; unset ones are those of the method.
-
-    Raises:
-        GuilomoError: an option is missing, unknown or not usable.
-    """
-    defaults = METHODS[method.strategy].bank
-    if "bank" not in method.options:
-        raise GuilomoError(
-            f"Method {method.name!r} starts from ready-made adapters, and options.bank does not say which. Give a "
-            f"folder of adapter folders: {{name: {method.name}, options: {{bank: FOLDER}}}}. docs/banks.md tells how "
-            "to make one."
-        )
-    try:
-        return BankRow.model_validate({**defaults, **method.options})
-    except ValidationError as error:
-        raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, BankRow))) from None
-
-
 def check_bank_row(method: MethodConfig) -> None:
     """Refuses options that the row cannot have, and banks that are not there.
 
     Raises:
-        GuilomoError: see `bank_row`; the bank has no adapters, or one that cannot become an expert.
+        GuilomoError: see `options_of`; the bank has no adapters, or one that cannot become an expert.
     """
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     if method.strategy == XLORA and (row.train, row.saved_from, method.mixture) != ("router", None, {}):
         raise GuilomoError(
             f"Method {method.name!r} is PEFT's X-LoRA, of which the classifier alone is trained: leave out train, "
@@ -132,7 +107,7 @@ def selection_of(run: Run, method: MethodConfig) -> Selection:
         found = Selection.load(path)
         run.refuse_other_data({"data_hash": found.data_hash}, path)
         return found
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     bank = row.adapters()
     names = list(bank) if row.by == "all" else row.names
     selection = select(
@@ -155,7 +130,7 @@ def selection_of(run: Run, method: MethodConfig) -> Selection:
 
 def bank_plan(run: Run, method: MethodConfig) -> Allocation:
     """The plan of a mixture of the chosen adapters; of X-LoRA, that in which a token uses all of them."""
-    bank = bank_row(method).adapters()
+    bank = options_of(method, BankRow).adapters()
     adapters = [read_adapter(bank[name], name) for name in selection_of(run, method).chosen]
     shapes = module_shapes(run.fresh_model(run.config.seeds[0]))
     top_k = len(adapters) if method.strategy == XLORA else run.config.mixture_of(method).top_k
@@ -164,7 +139,7 @@ def bank_plan(run: Run, method: MethodConfig) -> Allocation:
 
 def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_type: str) -> PeftModel:
     """The model with the row's adapters, as `selection_of` has chosen them, ready to train."""
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     # By name: another machine may see the bank under another path than the one that chose.
     bank = row.adapters()
     adapters = {name: bank[name] for name in Selection.load(selection_file(config, method)).chosen}
@@ -174,3 +149,6 @@ def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_
     options = {name: value for name, value in mixture.items() if name not in FOLLOW_FROM_ADAPTERS}
     options |= {"train": row.train, "saved_from": row.saved_from, "task_type": task_type}
     return mixture_of(model, adapters, **options)
+
+
+ADAPTERS = ReadyMade(BankRow, check_bank_row, bank_plan, attach_bank)
