@@ -300,6 +300,14 @@ def test_a_checkpoint_without_the_feed_forwards(tmp_path: Path) -> None:
         mixture_of_models(base, [tmp_path / "a"], 2)
 
 
+def test_what_a_checkpoint_lacks_is_not_compared(tmp_path: Path) -> None:
+    """It would be a number drawn while loading."""
+    base, expert = build("llama"), expert_of(build("llama"), 0)
+    kept = {name: weight for name, weight in expert.state_dict().items() if not name.startswith("lm_head")}
+    expert.save_pretrained(tmp_path / "a", state_dict=kept)
+    assert mixture_of_models(base, [tmp_path / "a"], 2).peft_config["default"].plan.adapted()
+
+
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
