@@ -21,10 +21,9 @@ from guilomo.methods import METHODS, filled_plan, method_named
 from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
 from guilomo.methods.method import MATURITIES
 from guilomo.run import Run, RunConfig, load_recipe
-from guilomo.run.methods import FROM_SEARCH, attach, router_cost
+from guilomo.run.methods import FROM_SEARCH, READY_MADE, attach, router_cost
 
-ROWS = [name for name, method in METHODS.items() if method.is_row]
-GROWN = [name for name in ROWS if METHODS[name].grows]
+GROWN = [name for name, method in METHODS.items() if method.grows]
 
 
 @pytest.fixture
@@ -49,7 +48,8 @@ def test_every_entry_is_whole() -> None:
         assert method.maturity == "stable" or method.note, f"{name} does not say what is experimental"
         assert method.summary
         assert method.knobs
-        assert bool(method.strategy) + bool(method.grows) + bool(method.bank) + bool(method.command) == 1, name
+        assert bool(method.strategy) + bool(method.grows) + bool(method.starts_from) == 1, name
+        assert method.starts_from in ("", *READY_MADE)
     assert {m.strategy for m in METHODS.values()} >= {*STRATEGIES} - {"learned"}
     used = {m.mixture["router"] for m in METHODS.values() if "router" in m.mixture}
     assert used | {"fixed", "topk_of_softmax"} == set(ROUTERS), "a router that no method has"
@@ -107,7 +107,6 @@ def test_a_row_can_differ_from_its_method(tiny: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("flexmore", r"no row of a run. Try it with: python"),
         ({"name": "x", "strategy": "ldmole"}, r"Did you mean 'ld_mole'"),
         ({"name": "smora", "options": {"rank": 3}}, r"option of method 'smora'.*experts"),
         ({"name": "guilomo", "mixture": {"alpha": 3}}, r"the search is common to all"),
@@ -173,7 +172,7 @@ def test_the_command_lists_and_tells(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["methods", "hidra"]) == 2
 
 
-@pytest.mark.parametrize("name", [n for n in ROWS if n not in FROM_SEARCH and not METHODS[n].needs])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in FROM_SEARCH and not METHODS[n].needs])
 def test_the_command_that_tries_it_is_a_recipe(name: str) -> None:
     command = METHODS[name].how_to_try.removeprefix("guilomo run ").split(" --set ")
     config = load_recipe(None, [part.removeprefix("--set ") for part in command])

@@ -24,7 +24,7 @@ from guilomo.run.methods import attach
 from guilomo.run.trained import load_trained, save_trained, trained_parameters
 from guilomo.tuner import LoraMoeLayer
 
-BANKED = [name for name, method in METHODS.items() if method.bank]
+BANKED = [name for name, method in METHODS.items() if method.starts_from == "adapters"]
 ADAPTERS: dict[str, dict[str, Any]] = {"a": {"r": 1}, "b": {"r": 2}, "c": {"r": 1, "target_modules": ["o_proj"]}}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from guilomo.cli import main
-from guilomo.errors import GuilomoError
 from guilomo.layers.balance import balance_options
 from guilomo.layers.routers import router_options
 from guilomo.methods import METHODS
@@ -21,10 +20,8 @@ from guilomo.run.method_recipe import FAIR, WIDTH, method_recipe
 from guilomo.run.methods import FROM_SEARCH, check_methods
 from guilomo.run.recipe import load_config
 
-ROWS = [name for name, method in METHODS.items() if method.is_row]
-OTHERS = [name for name in METHODS if name not in ROWS]
 # What a row needs may be a file, of which there is only an example.
-PLANNED = [name for name in ROWS if name not in FROM_SEARCH and METHODS[name].needs.keys() <= {"rules"}]
+PLANNED = [name for name in METHODS if name not in FROM_SEARCH and METHODS[name].needs.keys() <= {"rules"}]
 
 
 @pytest.fixture
@@ -55,10 +52,10 @@ def completed(mixture: MixtureConfig) -> dict[str, Any]:
     return {**mixture.model_dump(), **options}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", METHODS)
 def test_it_is_the_run_of_the_name_alone(name: str, printed: Callable[..., RunConfig]) -> None:
     config, alone = printed(name), plain(name)
-    if "bank" not in METHODS[name].needs:  # of which there is only an example
+    if not METHODS[name].starts_from:  # of that there is only an example
         check_methods(config)
     assert config.model_dump(exclude={"methods"}) == alone.model_dump(exclude={"methods"})
     assert [row.label for row in config.methods] == [row.label for row in alone.methods]
@@ -76,7 +73,7 @@ def test_it_has_the_plan_of_the_name_alone(
     assert Run(printed(name, *changes)).facts["plans"] == Run(plain(name, *changes)).facts["plans"]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", METHODS)
 def test_it_writes_out_what_makes_the_method(name: str, printed: Callable[..., RunConfig]) -> None:
     row = printed(name).methods[-1]
     assert row.mixture.keys() >= METHODS[name].mixture.keys()
@@ -120,13 +117,6 @@ def test_it_runs_as_it_is_printed(
     assert main(["run", str(file), "--quiet", *(part for change in changes for part in ("--set", change))]) == 0
     results = read_json(tmp_path / "run" / "results.json")
     assert [row["name"] for row in results["methods"]] == ["lora", "ld_mole"]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_row_says_how_to_try_it(name: str) -> None:
-    with pytest.raises(GuilomoError, match="starts from ready-made models") as caught:
-        method_recipe(name)
-    assert str(caught.value).endswith(METHODS[name].command)
 
 
 @pytest.mark.parametrize(

@@ -17,32 +17,14 @@ from guilomo.adapters.lora import LoraAdapter, LoraPair, read_adapter
 from guilomo.adapters.saved import saved_modules, write_saved
 from guilomo.adapters.training import nothing_to_train
 from guilomo.allocation import Allocation, ModulePlan
-from guilomo.errors import invalid, unknown
+from guilomo.errors import invalid
 from guilomo.tuner import LoraMoeConfig, LoraMoeLayer
+from guilomo.tuner.decided import DECIDED_BY_EXPERTS, refuse_decided
 
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]
 """Folders by the name that each adapter is to have, or folders that are called as they are called."""
 
-FOLLOW_FROM_ADAPTERS = {
-    "num_experts",
-    "r",
-    "lora_alpha",
-    "scaling",
-    "rank_pattern",
-    "allocation",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "init_lora_weights",
-    "expert_names",
-    "bias",
-    "fan_in_fan_out",
-    "inference_mode",
-    "peft_type",
-    "auto_mapping",
-}
+FOLLOW_FROM_ADAPTERS = DECIDED_BY_EXPERTS | {"modules_to_save"}
 """Fields of `LoraMoeConfig` that follow from the adapters."""
 
 
@@ -95,7 +77,7 @@ def mixture_of(
     """
     if isinstance(model, PeftModel):
         raise invalid("model", type(model).__name__, "the base model", "Pass model.unload(), or load the base anew.")
-    _refuse_options(options)
+    refuse_decided(options, FOLLOW_FROM_ADAPTERS, "the adapters")
     read = [read_adapter(folder, name) for name, folder in named_folders(adapters, names).items()]
     shapes = module_shapes(model)
     for adapter in read:
@@ -185,15 +167,6 @@ def _fill(layer: LoraMoeLayer, name: str, pairs: Sequence[LoraPair | None]) -> N
 def _scaled(pair: LoraPair) -> Tensor:
     """``scale * b``; the product is rounded only when it is written into the mixture."""
     return pair.b if pair.scale == 1 else pair.b.double() * pair.scale
-
-
-def _refuse_options(options: Mapping[str, Any]) -> None:
-    fields = set(LoraMoeConfig.__dataclass_fields__)
-    for name, value in options.items():
-        if name in FOLLOW_FROM_ADAPTERS:
-            raise invalid(name, value, "unset: it follows from the adapters")
-        if name not in fields:
-            raise unknown("option", name, fields - FOLLOW_FROM_ADAPTERS)
 
 
 def _shared_task_type(adapters: Sequence[LoraAdapter]) -> Any:

@@ -43,6 +43,11 @@ def find_blocks(
     return found
 
 
+def roles_of(members: Sequence[str]) -> dict[str, str]:
+    """The role of every linear of a block, which come in the order of running."""
+    return dict(zip(members, (ROUTE, *[IN] * (len(members) - 2), OUT), strict=True))
+
+
 def with_roles(modules: Mapping[str, ModulePlan], blocks: Mapping[str, Sequence[str]]) -> dict[str, ModulePlan]:
     """The plans with their roles in the blocks. Blocks without experts, or with one, are left plain.
 
@@ -63,7 +68,7 @@ def with_roles(modules: Mapping[str, ModulePlan], blocks: Mapping[str, Sequence[
             )
         if all(modules[name].experts == 1 for name in members):
             continue
-        for name, role in zip(members, (ROUTE, *[IN] * (len(members) - 2), OUT), strict=True):
+        for name, role in roles_of(members).items():
             planned[name] = replace(modules[name], role=role, block=block)
     if not any_adapted:
         raise invalid(

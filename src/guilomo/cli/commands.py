@@ -142,7 +142,7 @@ def _movement(moved: dict[str, Any]) -> str:
 
 def allocate(arguments: argparse.Namespace) -> None:
     config = load_recipe(arguments.recipe, arguments.overrides)
-    known = [name for name, m in METHODS.items() if m.is_row and not m.bank and name not in FROM_SEARCH]
+    known = [name for name, m in METHODS.items() if not m.starts_from and name not in FROM_SEARCH]
     if arguments.strategy not in known:
         raise unknown("--strategy", arguments.strategy, known)
     options = dict(_option(text) for text in arguments.options)

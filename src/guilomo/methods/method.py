@@ -32,8 +32,8 @@ class Method:
         share: K as a share of the experts, where the budget buys experts. scale_by: what the recipe's scale is divided
             by there, as published: "chosen" experts, or all "experts".
         needs: options that its row cannot do without, with an example of each.
-        bank: where it starts from ready-made adapters, the default options of its row (see `guilomo.run.bank_rows`).
-        command: how it is tried where it is no row of a comparison; "" for rows.
+        starts_from: the ready-made things that it starts from, "adapters" or "models"; "" for none. options: the
+            default options of its row there (see `guilomo.run.ready_made`).
     """
 
     name: str
@@ -51,14 +51,9 @@ class Method:
     grows: str = ""
     share: float = 0.0
     scale_by: str = ""
-    bank: dict[str, Any] = field(default_factory=dict)
+    starts_from: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
     needs: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-
-    @property
-    def is_row(self) -> bool:
-        """Whether it can be a row of a comparison, rather than something done with models that exist."""
-        return not self.command
 
     def mixture_for(self, parts: int) -> dict[str, Any]:
         """The fields of `mixture` for a task of so many parts; 0: a single task."""
@@ -71,8 +66,6 @@ class Method:
     @property
     def how_to_try(self) -> str:
         """The command that tries it on the packaged model and data."""
-        if self.command:
-            return self.command
         if self.needs:
             return f"guilomo methods {self.name} --recipe > {self.name}.yaml; guilomo run {self.name}.yaml"
         rows = ",".join(dict.fromkeys(("lora", self.name)))

@@ -300,7 +300,7 @@ _STRUCTURES = [
     ),
 ]
 
-_BANKS = [
+_READY_MADE = [
     Method(
         "meteora",
         "MeteoRA",
@@ -308,7 +308,8 @@ _BANKS = [
         "MeteoRA, arXiv 2405.13053",
         "the adapters' own",
         mixture={"router": "meteora", "router_options": {}, "balance_loss": None},
-        bank={"by": "all", "train": "router"},
+        starts_from="adapters",
+        options={"by": "all", "train": "router"},
         needs={"bank": "FOLDER"},
     ),
     Method(
@@ -320,7 +321,8 @@ _BANKS = [
         "experimental",
         "ties and the cosine of factors are ours",
         mixture={**_TOP_K, "balance_loss": None},
-        bank={"by": "rocket", "train": "all"},
+        starts_from="adapters",
+        options={"by": "rocket", "train": "all"},
         needs={"bank": "FOLDER"},
     ),
     Method(
@@ -330,7 +332,8 @@ _BANKS = [
         "LoRALib, arXiv 2509.18137",
         "the adapters' own",
         mixture={**_TOP_K, "balance_loss": None},
-        bank={"by": "perplexity", "train": "router"},
+        starts_from="adapters",
+        options={"by": "perplexity", "train": "router"},
         needs={"bank": "FOLDER"},
     ),
     Method(
@@ -340,22 +343,27 @@ _BANKS = [
         "X-LoRA, arXiv 2402.07148",
         "the classifier",
         note="PEFT's own, driven by us; it takes adapters of decoders whose linears lie under model. only",
-        bank={"by": "all"},
+        starts_from="adapters",
+        options={"by": "all"},
         needs={"bank": "FOLDER"},
     ),
     Method(
         "flexmore",
         "FlexMoRE",
-        "low-rank experts of any rank from the SVD of full ones",
+        "low-rank experts of any rank from full ones by SVD, the base's feed-forward among them; router trained",
         "FlexMoRE, arXiv 2602.08818",
-        "rank per expert",
+        "the ranks that the experts are cut to",
         "experimental",
-        "tested on tiny random models only",
-        command="python: guilomo.sparse_moe.extracted_mixture(sparse, dense, ranks)",
+        "a new router, trained on the task, and its renormalised weights are ours (FlexMoRE's are those of router "
+        "topk_of_softmax); no result was reproduced",
+        mixture={**_TOP_K, "feed_forward_experts": True, "balance_loss": None},
+        starts_from="models",
+        options={"ranks": "effective", "train": "router"},
+        needs={"experts": "FOLDER"},
     ),
 ]
 
-METHODS: dict[str, Method] = {m.name: m for m in (*_ALLOCATIONS, *_ROUTERS, *_STRUCTURES, *_BANKS)}
+METHODS: dict[str, Method] = {m.name: m for m in (*_ALLOCATIONS, *_ROUTERS, *_STRUCTURES, *_READY_MADE)}
 
 
 def method_named(name: str) -> Method:

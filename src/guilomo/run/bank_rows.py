@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from guilomo.adapters import Selection, adapters_in, mixture_of, read_adapter, select, xlora_of
@@ -18,16 +18,17 @@ from guilomo.adapters.mixture import FOLLOW_FROM_ADAPTERS, import_plan
 from guilomo.adapters.xlora import refuse_unloadable
 from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
-from guilomo.methods import METHODS
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.files import write_json
-from guilomo.run.recipe import problems
+from guilomo.run.ready_made import ReadyMade, options_of
 from guilomo.search.distributed import rank
 from guilomo.tasks.config import expand_path
 
 if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
 
+METEORA = "meteora"
+"""The router whose own loss reads the task of a row as the number of an adapter."""
 XLORA = "xlora"
 """The one method of a bank that is PEFT's and no mixture of ours."""
 
@@ -69,37 +70,13 @@ class BankRow(BaseModel):
         return {name: expand_path(folder, f"options.bank.{name}") for name, folder in self.bank.items()}
 
 
-def from_bank(method: MethodConfig) -> bool:
-    """Whether the row starts from ready-made adapters."""
-    return bool(METHODS[method.strategy].bank)
-
-
-def bank_row(method: MethodConfig) -> BankRow:
-    """The row's options; unset ones are those of the method.
-
-    Raises:
-        GuilomoError: an option is missing, unknown or not usable.
-    """
-    defaults = METHODS[method.strategy].bank
-    if "bank" not in method.options:
-        raise GuilomoError(
-            f"Method {method.name!r} starts from ready-made adapters, and options.bank does not say which. Give a "
-            f"folder of adapter folders: {{name: {method.name}, options: {{bank: FOLDER}}}}. docs/banks.md tells how "
-            "to make one."
-        )
-    try:
-        return BankRow.model_validate({**defaults, **method.options})
-    except ValidationError as error:
-        raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, BankRow))) from None
-
-
 def check_bank_row(method: MethodConfig) -> None:
     """Refuses options that the row cannot have, and banks that are not there.
 
     Raises:
-        GuilomoError: see `bank_row`; the bank has no adapters, or one that cannot become an expert.
+        GuilomoError: see `options_of`; the bank has no adapters, or one that cannot become an expert.
     """
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     if method.strategy == XLORA and (row.train, row.saved_from, method.mixture) != ("router", None, {}):
         raise GuilomoError(
             f"Method {method.name!r} is PEFT's X-LoRA, of which the classifier alone is trained: leave out train, "
@@ -132,7 +109,7 @@ def selection_of(run: Run, method: MethodConfig) -> Selection:
         found = Selection.load(path)
         run.refuse_other_data({"data_hash": found.data_hash}, path)
         return found
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     bank = row.adapters()
     names = list(bank) if row.by == "all" else row.names
     selection = select(
@@ -172,7 +149,7 @@ def _as_chosen(selection: Selection, method: MethodConfig, config: RunConfig) ->
     By name: another machine may see the bank under another path than the one that chose.
     """
     remedy = f"delete {selection_file(config, method).parent} to choose and train again"
-    return selection.in_bank(bank_row(method).adapters(), remedy)
+    return selection.in_bank(options_of(method, BankRow).adapters(), remedy)
 
 
 def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_type: str) -> PeftModel:
@@ -181,11 +158,27 @@ def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_
     Raises:
         GuilomoError: an adapter is not what it was when it was chosen.
     """
-    row = bank_row(method)
+    row = options_of(method, BankRow)
     adapters = _as_chosen(Selection.load(selection_file(config, method)), method, config)
     if method.strategy == XLORA:
         return xlora_of(model, adapters, **row.classifier)
+    _refuse_other_order(list(adapters), method, config)
     mixture = config.mixture_of(method).peft_options()
     options = {name: value for name, value in mixture.items() if name not in FOLLOW_FROM_ADAPTERS}
     options |= {"train": row.train, "saved_from": row.saved_from, "task_type": task_type}
     return mixture_of(model, adapters, **options)
+
+
+def _refuse_other_order(chosen: list[str], method: MethodConfig, config: RunConfig) -> None:
+    """A router whose own loss says that expert e is that of task e needs the tasks in the order of the adapters."""
+    mixture, parts = config.mixture_of(method), config.task.part_names
+    if mixture.router != METEORA or not mixture.router_loss_coefficient or chosen[: len(parts)] == parts:
+        return
+    raise GuilomoError(
+        f"Method {method.name!r} has router_loss_coefficient = {mixture.router_loss_coefficient:g}, which teaches its "
+        f"router that the rows of part e belong to adapter e, but the parts are {', '.join(parts)} and the adapters "
+        f"{', '.join(chosen)}. Give task.parts the names of the adapters in their order, or leave the coefficient out."
+    )
+
+
+ADAPTERS = ReadyMade(BankRow, check_bank_row, bank_plan, attach_bank)

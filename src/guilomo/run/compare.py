@@ -12,10 +12,10 @@ import guilomo
 from guilomo.allocation import Allocation, RouterCost
 from guilomo.evaluation import chance_of, holm, mcnemar, paired_runs, t_interval
 from guilomo.run import environment
-from guilomo.run.bank_rows import XLORA, from_bank
+from guilomo.run.bank_rows import XLORA
 from guilomo.run.config import PLAIN_LORA, SEARCHED, MethodConfig
 from guilomo.run.files import read_json
-from guilomo.run.methods import router_cost
+from guilomo.run.methods import ready_made, router_cost
 from guilomo.run.searches import search_folder, search_seeds, searches_of
 from guilomo.run.sweep import sweep_file
 
@@ -103,7 +103,7 @@ def _not_chosen(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
-    """One row: plan, costs, runs; None before its plan is known, or of a row from a bank, what it trains."""
+    """One row: plan, costs, runs; None before its plan is known, or, from ready-made things, what it trains."""
     folder = run.config.folder / "methods" / method.name
     places = [folder / f"seed-{seed}" for seed in run.config.seeds]
     if method.strategy == SEARCHED:
@@ -111,7 +111,7 @@ def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
     plans = [Allocation.load(p / "allocation.json") for p in places if (p / "allocation.json").exists()]
     found = [folder / f"seed-{seed}" / "result.json" for seed in run.config.seeds]
     full = [read_json(path) for path in found if path.exists()]
-    if not plans or (from_bank(method) and not full):
+    if not plans or (ready_made(method) is not None and not full):
         return None
     router = router_cost(run.config, method)
     runs = [{k: v for k, v in r.items() if k != "rows"} for r in full]
@@ -132,13 +132,13 @@ def method_row(run: Run, method: MethodConfig) -> dict[str, Any] | None:
 def _costs(
     method: MethodConfig, plans: list[Allocation], router: RouterCost, runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Of a row from a bank, what was trained beside frozen adapters is known once it has been; else by the plan."""
+    """From ready-made things, what was trained beside frozen ones is known once it has been; else by the plan."""
     costs = {
         "parameters": max(plan.parameters(router) for plan in plans),
         "active_parameters": mean(plan.active_parameters(router) for plan in plans),
         "flops_per_token": mean(plan.flops_per_token(router) for plan in plans),
     }
-    if not from_bank(method):
+    if ready_made(method) is None:
         return costs
     trained = max(run["trained_parameters"] for run in runs)
     if method.strategy == XLORA:  # the classifier beside all adapters

@@ -12,12 +12,11 @@ from pydantic import BaseModel
 
 from guilomo.allocation.layerwise import Terms
 from guilomo.allocation.registry import STRATEGIES, strategy_options
-from guilomo.errors import GuilomoError
 from guilomo.layers.balance import balance_options
 from guilomo.layers.routers import router_class, router_options
 from guilomo.methods import Method, method_named
 from guilomo.run.config import PLAIN_LORA, RANDOM, RATES, MethodConfig, MixtureConfig, RunConfig
-from guilomo.run.methods import FROM_SEARCH
+from guilomo.run.methods import FROM_SEARCH, READY_MADE
 
 WIDTH = 120
 
@@ -57,13 +56,9 @@ def method_recipe(name: str) -> str:
     written out, to be edited.
 
     Raises:
-        GuilomoError: no such method, or one that is no row of a run.
+        GuilomoError: no such method.
     """
     method = method_named(name)
-    if not method.is_row:
-        raise GuilomoError(
-            f"Method {name!r} starts from ready-made models, so it has no recipe. Try it with: {method.command}"
-        )
     row = MethodConfig(name=name, options=method.needs)
     config = RunConfig(name=f"try-{name}", methods=[row])
     routing = _routing(method, config.mixture_of(row)) if _is_routed(method) else {}
@@ -136,7 +131,9 @@ def _row(method: Method, mixture: Mapping[str, Any]) -> list[str]:
     lines = [f"  - name: {method.name}"]
     if options:
         lines += _commented("    options:", _about_options(method))
-        lines += [f"      {key}: {_inline(value)}" for key, value in options.items()]
+        known = READY_MADE[method.starts_from].options.model_fields if method.starts_from else {}
+        for key, value in options.items():
+            lines += _commented(f"      {key}: {_inline(value)}", known[key].description or "" if known else "")
     if mixture:
         lines += ["    mixture:", *_fields(MixtureConfig, mixture, "      ")]
     return lines
@@ -146,8 +143,8 @@ def _options(method: Method) -> dict[str, Any]:
     """Options of the row: those that it must have, and defaults of its allocation."""
     if method.grows:
         return {**method.needs, "experts": method.experts or 1}
-    if method.bank:
-        return {**method.needs, **method.bank}
+    if method.starts_from:
+        return {**method.needs, **method.options}
     if method.strategy not in STRATEGIES or method.strategy in PLANNED_BY_THE_RUN:
         return method.needs
     defaults = strategy_options(method.strategy).items()
@@ -163,8 +160,8 @@ def _about_options(method: Method) -> str:
         scale = f"; alpha is divided by {by[method.scale_by]}" if method.scale_by else ""
         share = Fraction(method.share).limit_denominator(100)
         return f"Experts it starts with; the budget buys more. K is {share} of them, at least 2{scale}."
-    if method.bank:
-        return "bank is a folder of adapter folders, see docs/banks.md."
+    if method.starts_from:
+        return "See docs/banks.md."
     return "Ranks are wishes: the budget scales them." if method.strategy in STRATEGIES else ""
 
 

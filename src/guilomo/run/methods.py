@@ -16,8 +16,10 @@ from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.layers.routers import cost_of_router
 from guilomo.methods import METHODS, filled_plan
 from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
-from guilomo.run.bank_rows import attach_bank, check_bank_row, from_bank
+from guilomo.run.bank_rows import ADAPTERS
 from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
+from guilomo.run.expert_rows import MODELS
+from guilomo.run.ready_made import ReadyMade
 from guilomo.search import search_sized
 from guilomo.tasks import Task
 from guilomo.tuner import LoraMoeConfig, plan_for_router, target_shapes
@@ -25,7 +27,14 @@ from guilomo.tuner.resolve import resolve_allocation
 
 FROM_SEARCH = (SEARCHED, SHUFFLED)
 """The strategies whose plan is known only after the search."""
+READY_MADE = {"adapters": ADAPTERS, "models": MODELS}
+"""What rows can start from, by `Method.starts_from`."""
 TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM, "lm": TaskType.CAUSAL_LM}
+
+
+def ready_made(method: MethodConfig) -> ReadyMade | None:
+    """What the row starts from; None for one whose plan is made at the budget."""
+    return READY_MADE.get(METHODS[method.strategy].starts_from)
 
 
 def check_methods(config: RunConfig) -> None:
@@ -33,15 +42,9 @@ def check_methods(config: RunConfig) -> None:
     for method in config.methods:
         known = METHODS.get(method.strategy)
         if known is None:
-            rows = [name for name, one in METHODS.items() if one.is_row]
-            raise unknown(f"strategy of method {method.name!r}", method.strategy, rows)
-        if not known.is_row:
-            raise GuilomoError(
-                f"Method {method.name!r} starts from ready-made models, so it is no row of a run. Try it with: "
-                f"{known.command}"
-            )
-        if from_bank(method):
-            check_bank_row(method)
+            raise unknown(f"strategy of method {method.name!r}", method.strategy, METHODS)
+        if (things := ready_made(method)) is not None:
+            things.check(method)
         if method.strategy == SHUFFLED and method.options:
             raise GuilomoError(
                 f"Method {method.name!r} has options {sorted(method.options)}, but the shuffled plan takes none: it is "
@@ -167,8 +170,8 @@ def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: Run
     """The model with the method's adapter, ready to train."""
     if method.strategy == PLAIN_LORA:
         return get_peft_model(model, plain_lora_config(plan, config, task))
-    if from_bank(method):
-        return attach_bank(model, method, config, TASK_TYPES[config.task.kind])
+    if (things := ready_made(method)) is not None:
+        return things.attach(model, method, config, TASK_TYPES[config.task.kind])
     return get_peft_model(model, mixture_config(config, method, allocation=plan))
 
 

@@ -29,7 +29,6 @@ from guilomo.allocation import Allocation, shuffled
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.report import write_report
-from guilomo.run.bank_rows import bank_plan, from_bank
 from guilomo.run.claim import refuse_changes
 from guilomo.run.compare import results_of
 from guilomo.run.config import RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
@@ -40,6 +39,7 @@ from guilomo.run.methods import (
     check_methods,
     model_shapes,
     plan_method,
+    ready_made,
     resolve_budget,
     router_cost,
     search_mixture,
@@ -98,7 +98,7 @@ class Run:
         plans = {
             m.name: plan_method(m, self.config, model, shapes, budget, self.config.seeds[0])
             for m in self.config.methods
-            if m.strategy not in FROM_SEARCH and not from_bank(m)
+            if m.strategy not in FROM_SEARCH and ready_made(m) is None
         }
         size = sum(p.numel() for p in model.parameters())
         return {"shapes": shapes, "budget": budget, "budget_source": source, "plans": plans, "parameters": size}
@@ -150,13 +150,13 @@ class Run:
         return Search(model, self.task, options, self.facts["budget"], search_folder(self.config, seed))
 
     def plan(self, method: MethodConfig, seed: int) -> Allocation:
-        """The allocation of a method for one training seed; for which this runs the search, or chooses the adapters.
+        """The allocation of a method for one training seed; for which this runs the search, or chooses adapters.
 
         Raises:
             GuilomoError: the plan does not fit the model or the budget.
         """
-        if from_bank(method):
-            return bank_plan(self, method)
+        if (things := ready_made(method)) is not None:
+            return things.plan(self, method)
         plan = self.search(seed) if method.strategy in FROM_SEARCH else self._made_plan(method, seed)
         if method.strategy == SHUFFLED:
             plan = shuffled(plan, seed)
@@ -225,11 +225,11 @@ class Run:
         return model, {"trained_parameters": trained_parameters(model), **training_record(trained)}
 
     def _refuse_above_budget(self, method: MethodConfig, trained: int) -> None:
-        """What is attached is counted, whatever its plan says; adapters of a bank come in the sizes they have."""
+        """What is attached is counted, whatever its plan says; ready-made things come in the sizes they have."""
         if trained > self.facts["budget"]:
             raise GuilomoError(
                 f"Method {method.name!r} would train {trained:,} parameters, but the budget is "
-                f"{self.facts['budget']:,}. Take fewer adapters or such of lower rank, or train their router alone "
+                f"{self.facts['budget']:,}. Start from fewer or from such of lower rank, or train their router alone "
                 "(options.train: router)."
             )
 

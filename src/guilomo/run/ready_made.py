@@ -1,0 +1,59 @@
+"""What a kind of row must say for itself that starts from ready-made things: adapters, or models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from peft import PeftModel
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from guilomo.allocation import Allocation
+from guilomo.errors import GuilomoError
+from guilomo.methods import METHODS
+from guilomo.run.config import MethodConfig, RunConfig
+from guilomo.run.recipe import problems
+
+if TYPE_CHECKING:
+    from guilomo.run.pipeline import Run
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class ReadyMade:
+    """A kind of such rows.
+
+    Attributes:
+        options: the class of the options of a row.
+        check: refuses options that the row cannot have, and things that are not there, before anything is loaded.
+        plan: the plan of a row; what has to be chosen or made for it is so once, and kept in the row's folder.
+        attach: the model, freshly loaded, with the row's things as one adapter, ready to train; the last argument is
+            PEFT's type of the task.
+    """
+
+    options: type[BaseModel]
+    check: Callable[[MethodConfig], None]
+    plan: Callable[[Run, MethodConfig], Allocation]
+    attach: Callable[[nn.Module, MethodConfig, RunConfig, str], PeftModel]
+
+
+def options_of(method: MethodConfig, kind: type[Options]) -> Options:
+    """The options of a row; unset ones are those of its method.
+
+    Raises:
+        GuilomoError: an option is missing, unknown or not usable.
+    """
+    known = METHODS[method.strategy]
+    for needed in known.needs.keys() - method.options.keys():
+        raise GuilomoError(
+            f"Method {method.name!r} starts from ready-made {known.starts_from}, and options.{needed} does not say "
+            f"which. Give a folder that holds their folders: {{name: {method.name}, options: {{{needed}: FOLDER}}}}. "
+            "docs/banks.md tells how to make one."
+        )
+    try:
+        return kind.model_validate({**known.options, **method.options})
+    except ValidationError as error:
+        raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, kind))) from None
