@@ -195,7 +195,7 @@ def test_a_hard_stage_needs_tasks(colour_recipe: Any, tmp_path: Path) -> None:
         fine_tune(model_of(job, "lora_mixer", **mixture), job.task, CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.bank])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.starts_from == "adapters"])
 def test_rows_from_a_bank_take_mixed_tasks(
     name: str, llama_folder: Path, text_recipe: Any, mixed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -209,3 +209,30 @@ def test_rows_from_a_bank_take_mixed_tasks(
     assert set(own["parts"]) == {"colours", "swapped"}
     whole, parts = own["summary"]["loss"], own["parts"]
     assert whole["n"] == sum(part["loss"]["n"] for part in parts.values())
+
+
+def test_meteora_is_told_its_tasks_in_the_order_of_its_adapters(
+    llama_folder: Path, text_recipe: Any, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Expert e is adapter e, so part e must be its task; the loss then teaches the router."""
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    bank = save_bank_of(base, tmp_path / "bank", {"colours": {"r": 1}, "swapped": {"r": 2}, "z": {"r": 1}})
+
+    def fitted(coefficient: float, task: dict[str, Any]) -> dict[str, Any]:
+        mixture = {"router_loss_coefficient": coefficient, "top_k": 1}
+        row = {"name": "meteora", "options": {"bank": str(bank)}, "mixture": mixture}
+        output = f"run {coefficient} {len(task)} {task is mixed}"
+        job = run_of(text_recipe("causal_lm", output, task=task, methods=[row]))
+        (method,) = job.config.methods
+        model, _ = job.fit(method, 0, 1e-1, tmp_path / output / "fitted", "fit")
+        return model.state_dict()
+
+    # With one expert per token nothing but this loss teaches the router.
+    before, after = fitted(0.0, mixed), fitted(50.0, mixed)
+    routers = [name for name in after if "router" in name]
+    assert routers
+    assert not any(torch.equal(before[name], after[name]) for name in routers)
+    turned = {**mixed, "parts": mixed["parts"][::-1]}
+    for task in (turned, {}):
+        with pytest.raises(GuilomoError, match=r"the parts are (swapped, colours|none) and the adapters colours, swap"):
+            fitted(1.0, task)

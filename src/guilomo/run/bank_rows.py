@@ -172,12 +172,13 @@ def attach_bank(model: nn.Module, method: MethodConfig, config: RunConfig, task_
 def _refuse_other_order(chosen: list[str], method: MethodConfig, config: RunConfig) -> None:
     """A router whose own loss says that expert e is that of task e needs the tasks in the order of the adapters."""
     mixture, parts = config.mixture_of(method), config.task.part_names
-    if mixture.router != METEORA or not mixture.router_loss_coefficient or chosen[: len(parts)] == parts:
+    if mixture.router != METEORA or not mixture.router_loss_coefficient or chosen[: len(parts)] == parts != []:
         return
     raise GuilomoError(
         f"Method {method.name!r} has router_loss_coefficient = {mixture.router_loss_coefficient:g}, which teaches its "
-        f"router that the rows of part e belong to adapter e, but the parts are {', '.join(parts)} and the adapters "
-        f"{', '.join(chosen)}. Give task.parts the names of the adapters in their order, or leave the coefficient out."
+        f"router that the rows of part e belong to adapter e, but the parts are {', '.join(parts) or 'none'} and the "
+        f"adapters {', '.join(chosen)}. Give task.parts the adapters' names in their order, or leave the coefficient "
+        "out."
     )
 
 
