@@ -236,3 +236,17 @@ def test_meteora_is_told_its_tasks_in_the_order_of_its_adapters(
     for task in (turned, {}):
         with pytest.raises(GuilomoError, match=r"the parts are (swapped, colours|none) and the adapters colours, swap"):
             fitted(1.0, task)
+
+
+def test_scores_of_the_parts_are_those_of_their_rows(job: Run) -> None:
+    model = model_of(job, "moelora")
+    found = evaluate(model, job.task)
+    assert list(found.parts) == ["colours", "swapped"]
+    places = [row["router_task_ids"] for row in job.task.test]
+    for place, scores in enumerate(found.parts.values()):
+        hits = [hit for hit, own in zip(found.hits["accuracy"], places, strict=True) if own == place]
+        losses = [loss for loss, own in zip(found.row_loss, places, strict=True) if own == place]
+        assert scores["accuracy"].value == sum(hits) / len(hits)
+        assert scores["loss"].value == pytest.approx(sum(losses) / len(losses))
+    job.task.test = [row for row in job.task.test if row["router_task_ids"] == 1]
+    assert list(evaluate(model, job.task).parts) == ["swapped"]  # as where few rows were drawn
