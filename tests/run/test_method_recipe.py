@@ -133,3 +133,14 @@ def test_refusals(arguments: list[str], says: str, capsys: pytest.CaptureFixture
     answer = capsys.readouterr()
     assert says in answer.err
     assert not answer.out
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].mixed])
+def test_it_says_what_is_different_with_several_tasks(name: str) -> None:
+    """In a comment, which is true of the run of two parts."""
+    text = " ".join(method_recipe(name).replace("#", " ").split())
+    config = load_config(RunConfig, None, [f"methods=[{name}]", "task.parts=[docstrings, other.jsonl]"])
+    mixture = config.mixture_of(config.methods[0])
+    for field in METHODS[name].mixed:
+        value = json.dumps(getattr(mixture, field)).replace('"', "")
+        assert f"{field}: {value}" in text, field

@@ -135,8 +135,20 @@ def _row(method: Method, mixture: Mapping[str, Any]) -> list[str]:
         for key, value in options.items():
             lines += _commented(f"      {key}: {_inline(value)}", known[key].description or "" if known else "")
     if mixture:
-        lines += ["    mixture:", *_fields(MixtureConfig, mixture, "      ")]
+        lines += ["    mixture:", *_fields(MixtureConfig, mixture, "      "), *_of_several_tasks(method)]
     return lines
+
+
+def _of_several_tasks(method: Method) -> list[str]:
+    """What is different where the method reads which task a row is of."""
+    if not method.mixed:
+        return []
+    fields = "; ".join(
+        f"{key}: {_inline(value)}" for key, value in method.mixture_for(2).items() if key in method.mixed
+    )
+    experts = " Experts are then one for each." if method.expert_per_part else ""
+    text = f"Of two tasks trained as one (parts, under task) it would have {fields}.{experts}"
+    return _comment(text, "      ")
 
 
 def _options(method: Method) -> dict[str, Any]:
