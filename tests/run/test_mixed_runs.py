@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from bank_tools import save_bank_of
 from guilomo.errors import GuilomoError
@@ -20,8 +20,15 @@ from guilomo.run import Run
 from guilomo.run.files import read_json
 from guilomo.run.methods import attach
 from guilomo.tasks import build_task
-from guilomo.training import Interrupted, TrainConfig, fine_tune
-from guilomo.tuner import LoraMoeLayer, follow_training, tasks_given
+from guilomo.training import Interrupted, RouterStageCallback, TrainConfig, fine_tune, training_arguments
+from guilomo.tuner import (
+    LoraMoeLayer,
+    add_preservation,
+    expert_weights,
+    follow_training,
+    preservation_loss,
+    tasks_given,
+)
 from tiny_runs import colour_rows, config_of, run_of, write_rows
 
 TASK_METHODS = ["moelora", "hmora", "lora_mixer", "loramoe"]
@@ -146,20 +153,65 @@ def test_in_the_hard_stage_an_expert_learns_from_its_own_task_alone(job: Run, tm
     assert all(map(torch.equal, routers, after))
 
 
+@pytest.mark.parametrize("preserve", [0.0, 0.5])
 @pytest.mark.parametrize("stop", [2, 4, 5])
-def test_a_training_of_two_stages_continues_to_the_same_bits(job: Run, tmp_path: Path, stop: int) -> None:
+def test_a_training_of_two_stages_continues_to_the_same_bits(
+    job: Run, tmp_path: Path, stop: int, preserve: float
+) -> None:
+    options = {"hard_share": 0.5, "preserve": preserve}
+
     def trained(folder: str, stop: int | None) -> dict[str, torch.Tensor]:
-        model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5})
+        model = model_of(job, "lora_mixer", router_options=options)
         if stop is not None:
             asked = iter(range(1, stop + 1))
             with pytest.raises(Interrupted):
                 fine_tune(model, job.task, CONFIG, tmp_path / folder, should_stop=lambda: next(asked) == stop)
-            model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5})
+            model = model_of(job, "lora_mixer", router_options=options)
         fine_tune(model, job.task, CONFIG, tmp_path / folder)
         return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
     whole, parts = trained("whole", None), trained("parts", stop)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_soft_stage_keeps_experts_where_the_hard_one_left_them(job: Run, tmp_path: Path) -> None:
+    def moved(preserve: float) -> float:
+        """How far the experts are, at the end, from where they were when the soft stage began."""
+        model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5, "preserve": preserve})
+        seen: list[dict[str, torch.Tensor]] = []
+        fine_tune(
+            model, job.task, CONFIG, tmp_path / str(preserve), progress=lambda *_: seen.append(expert_weights(model))
+        )
+        return preservation_loss(model, seen[3]).item()
+
+    assert moved(100.0) < 0.5 * moved(0.0)
+
+
+def test_its_gradient_is_that_of_the_loss(job: Run) -> None:
+    model = model_of(job, "lora_mixer").double()
+    experts = {n: p for n, p in model.named_parameters() if ".molora_A." in n or ".molora_B." in n}
+    start = {name: weight + torch.randn_like(weight) for name, weight in expert_weights(model).items()}
+    (0.3 * preservation_loss(model, start)).backward()
+    wanted = {name: p.grad for name, p in experts.items()}
+    for place, parameter in enumerate(experts.values()):
+        parameter.grad = torch.zeros_like(parameter) if place else None  # what is not trained stays so
+    add_preservation(model, start, 0.3)
+    first, *rest = experts
+    assert experts[first].grad is None
+    assert all(torch.allclose(experts[name].grad, wanted[name], rtol=1e-12) for name in rest)
+
+
+def test_a_trainer_of_ones_own_continues_with_the_same_start(job: Run, tmp_path: Path) -> None:
+    model = model_of(job, "lora_mixer", router_options={"hard_share": 0.5, "preserve": 1.0})
+    arguments = training_arguments(CONFIG, tmp_path, 0, use_cpu=True)
+    first = RouterStageCallback()
+    Trainer(model, arguments, job.task.collate, job.task.train, callbacks=[first]).train()
+    assert first.start
+    state = TrainerState(global_step=6, max_steps=7)
+    again = RouterStageCallback()
+    again.on_train_begin(arguments, state, None, model=model)  # type: ignore[arg-type]
+    assert again.start.keys() == first.start.keys()
+    assert all(torch.equal(again.start[name], first.start[name]) for name in first.start)
 
 
 def test_a_loop_of_ones_own(job: Run) -> None:

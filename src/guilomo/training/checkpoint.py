@@ -23,10 +23,13 @@ from guilomo.files import (
     unflat,
 )
 from guilomo.training.callbacks import HEALTH_FILE, RouterHealthCallback
+from guilomo.training.stages import START_FILE, RouterStageCallback
 from guilomo.tuner.biases import biased_routers
 
 STATE_FILE = "trainer_state.json"
 """Where Trainer looks for the step to continue from."""
+START = "start: "
+"""Before the names of experts whose start a stage keeps."""
 
 
 class FileTrainer(Trainer):
@@ -38,7 +41,7 @@ class FileTrainer(Trainer):
     Args:
         file: the checkpoint.
         identity: settings under which alone a checkpoint may be continued, JSON-ready.
-        health: the callback whose counts are kept.
+        health: the callback whose counts are kept. stages: the one that knows where the experts started.
         options: as for Trainer; `args.output_dir` is a scratch folder.
     """
 
@@ -47,9 +50,16 @@ class FileTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, file: Path, identity: dict[str, Any], health: RouterHealthCallback, **options: Any) -> None:
+    def __init__(
+        self,
+        file: Path,
+        identity: dict[str, Any],
+        health: RouterHealthCallback,
+        stages: RouterStageCallback,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self.file, self.identity, self.health = file, identity, health
+        self.file, self.identity, self.health, self.stages = file, identity, health, stages
         self.saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {})
 
     def last_state(self) -> TrainerState:
@@ -67,13 +77,16 @@ class FileTrainer(Trainer):
         return TrainerState(**facts["state"], log_history=losses)
 
     def unpacked(self, state: TrainerState) -> str | None:
-        """A folder with what Trainer and the health callback read on resume; None if there is nothing to continue."""
+        """A folder with what Trainer and the callbacks read on resume; None if there is nothing to continue."""
         if not state.global_step:
             return None
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True)
         state.save_to_json(str(folder / STATE_FILE))
         (folder / HEALTH_FILE).write_text(json.dumps(self.saved[1]["health"]), encoding="utf-8")
+        start = {name.removeprefix(START): t for name, t in self.saved[0].items() if name.startswith(START)}
+        if start:
+            save_state(folder / START_FILE, start, {})
         return str(folder)
 
     def load_weights(self) -> None:
@@ -94,6 +107,7 @@ class FileTrainer(Trainer):
         losses = [log["loss"] for log in self.state.log_history if "loss" in log]
         tensors = {"weights": flat(self._weights()), "losses": torch.tensor(losses, dtype=torch.float64)}
         tensors |= optimizer_tensors(self.optimizer, "optimizer") | random_tensors(self.args.device)
+        tensors |= {f"{START}{name}": tensor for name, tensor in self.stages.start.items()}
         kept = [f.name for f in fields(self.state) if f.name != "log_history"]
         facts = {
             "identity": self.identity,

@@ -130,15 +130,17 @@ def fine_tune(
 
 def _trainer(model: nn.Module, task: Task, config: TrainConfig, folder: Path, scratch: Path, seed: int) -> FileTrainer:
     health = RouterHealthCallback(context_of(model.get_base_model()), config.log_every)  # type: ignore[operator]
+    stages = RouterStageCallback()
     trainer = FileTrainer(
         folder / "training.safetensors",
         _identity(model, task, config, seed),
         health,
+        stages,
         model=model,
         args=training_arguments(config, scratch, seed, next(model.parameters()).device.type == "cpu"),
         train_dataset=[*task.train, *task.held_out] if config.use_held_out else task.train,
         data_collator=task.collate,
-        callbacks=[health, FiniteLossCallback(), RouterBiasCallback(), RouterStageCallback()],
+        callbacks=[health, FiniteLossCallback(), RouterBiasCallback(), stages],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

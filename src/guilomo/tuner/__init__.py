@@ -8,7 +8,7 @@ from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
 from guilomo.tuner.model import LoraMoeModel
 from guilomo.tuner.modules import adaptable_modules, target_shapes
-from guilomo.tuner.preservation import expert_weights, preservation_loss
+from guilomo.tuner.preservation import add_preservation, expert_weights, preservation_loss
 from guilomo.tuner.registration import register
 from guilomo.tuner.resolve import plan_for_router
 from guilomo.tuner.stages import follow_training
@@ -24,6 +24,7 @@ __all__ = [
     "RoutingContext",
     "SelectionMasks",
     "adaptable_modules",
+    "add_preservation",
     "context_of",
     "expert_weights",
     "fixed_gates",

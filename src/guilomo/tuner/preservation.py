@@ -20,6 +20,7 @@ def preservation_loss(model: nn.Module, start: Mapping[str, Tensor], adapter: st
     """``sum |theta - theta_0|^2`` over the experts' weights ``()``: the paper's L_pres without its factor beta.
 
     Add ``beta`` times it to the loss of a loop or ``compute_loss`` of your own; the published beta is not known to us.
+    `guilomo.training.RouterStageCallback` does it for routers that ask for it.
 
     Args:
         model: the adapted model. start: `expert_weights` of the same adapter, at the start of the stage.
@@ -31,6 +32,14 @@ def preservation_loss(model: nn.Module, start: Mapping[str, Tensor], adapter: st
     if {n: p.shape for n, p in experts.items()} != {n: t.shape for n, t in start.items()}:
         raise GuilomoError("The given weights are not of this adapter's experts. Take them with expert_weights(model).")
     return torch.stack([(p - start[name]).square().sum() for name, p in experts.items()]).sum()
+
+
+@torch.no_grad()
+def add_preservation(model: nn.Module, start: Mapping[str, Tensor], weight: float, adapter: str = "default") -> None:
+    """Adds the gradient of ``weight * preservation_loss`` to the gradients that the experts have, if they have any."""
+    for name, parameter in _experts(model, adapter).items():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - start[name], alpha=2 * weight)
 
 
 def _experts(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

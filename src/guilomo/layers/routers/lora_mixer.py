@@ -27,19 +27,23 @@ class LoraMixerRouter(LinearRouter):
         stage: hard or soft.
         hard_share: of the steps of a training that are hard, before the soft ones (second-hand: 40,000 rows, then 2,000
             to 4,000). It needs somebody who tells how far the training is, see `guilomo.tuner.follow_training`.
+        preserve: weight of the squared distance of the experts from where they were when the soft stage began, the
+            paper's L_pres; its beta is not known to us. See `guilomo.training.RouterStageCallback`.
     """
 
     reads = frozenset({"task"})
 
-    def __init__(self, *args: Any, stage: str = "soft", hard_share: float = 0.0) -> None:
+    def __init__(self, *args: Any, stage: str = "soft", hard_share: float = 0.0, preserve: float = 0.0) -> None:
         super().__init__(*args)
         self.stage = stage
         self.hard_share = hard_share
+        self.preserve = preserve
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
         expect_choice(option("stage"), options["stage"], ("hard", "soft"))
         expect_number(option("hard_share"), options["hard_share"], at_least=0, at_most=1)
+        expect_number(option("preserve"), options["preserve"], at_least=0)
         if options["hard_share"] and options["stage"] == "hard":
             remedy = "Leave stage out: the share says when it changes, and what comes after is soft."
             raise invalid(option("stage"), "hard", "soft where hard_share is set", remedy)
