@@ -96,7 +96,11 @@ def _compare(commands: Commands) -> None:
         "file", nargs="?", help="YAML file; docs/compare.md has one. The options below replace its keys"
     )
     command.add_argument("--model", metavar="M", help="minilm, a folder, or a name on the Hub")
-    command.add_argument("--tasks", metavar="A,B", help="docstrings, data files, FOLDER/NAME or hub:OWNER/DATASET")
+    command.add_argument(
+        "--tasks",
+        metavar="A,B+C",
+        help="docstrings, data files, FOLDER/NAME or hub:OWNER/DATASET; those joined by + are trained as one",
+    )
     command.add_argument("--methods", metavar="X,Y", help="names of the rows; plain LoRA is added if it is left out")
     command.add_argument("--seeds", metavar="0,1,2", help="one training per task, method and seed")
     command.add_argument("--budget", type=int, metavar="N", help="trainable parameters that every method may use")
