@@ -120,6 +120,16 @@ def test_several_in_one_word(text: str, keys: dict[str, Any]) -> None:
     assert not any("kind" in part for part in found["parts"])
 
 
+def test_a_plus_in_a_path_is_no_joint(tmp_path: Path) -> None:
+    folder = tmp_path / "a+b"
+    folder.mkdir()
+    (folder / "x+y.txt").write_text("text")
+    assert task_from(f"{folder}/cola") == {"name": "cola", "source": str(folder)}
+    assert task_from(f"{folder}/x+y.txt")["source"] == f"{folder}/x+y.txt"
+    assert task_from("c++/cola") == {"name": "cola", "source": "c++"}
+    assert len(task_from(f"{tmp_path}/c/cola+docstrings")["parts"]) == 2
+
+
 def test_words_for_parts() -> None:
     """A bare word is a name in the common folder, except for the demo task."""
     in_folder = TaskConfig(source="data", parts=["cola", "docstrings", "other/rte", {"name": "x", "train_size": 5}])

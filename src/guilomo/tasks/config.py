@@ -156,8 +156,11 @@ class TaskConfig(BaseModel):
 
 
 def task_from(text: str) -> dict[str, Any]:
-    """The keys of a task in one word: docstrings, a data file, FOLDER/NAME, hub:...; or several, joined by ``+``."""
-    if "+" in text:
+    """The keys of a task in one word: docstrings, a data file, FOLDER/NAME, hub:...; or several, joined by ``+``.
+
+    A path that is there may have a ``+`` of its own.
+    """
+    if all(text.split("+")) and "+" in text and not _is_there(text):
         parts = [task_from(word) for word in text.split("+")]
         kinds = {part.pop("kind", None) for part in parts}
         kind = {"kind": "lm"} if kinds == {"lm"} else {}
@@ -169,6 +172,15 @@ def task_from(text: str) -> dict[str, Any]:
         return {"name": re.split(r"[:/]", text.rstrip("/"))[-1], "source": text}
     folder, slash, name = text.rpartition("/")
     return {"name": name, "source": folder} if slash else {"name": text, "source": text}
+
+
+def _is_there(text: str) -> bool:
+    """Whether the whole text is a file, or FOLDER/NAME of a folder."""
+    try:
+        path = expand_path(text)
+    except GuilomoError:
+        return False
+    return path.exists() or ("/" in text and path.parent.is_dir())
 
 
 def _part_from(word: str, in_folder: bool) -> dict[str, Any]:
