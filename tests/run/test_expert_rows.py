@@ -231,3 +231,10 @@ def test_it_runs_as_its_recipe_is_printed(
     assert main(["run", str(file), "--quiet", *(part for change in changes for part in ("--set", change))]) == 0
     results = read_json(tmp_path / "run" / "results.json")
     assert [method["name"] for method in results["methods"]] == ["lora", "flexmore"]
+
+
+@pytest.mark.parametrize("key", ["alpha", "target_modules", "feed_forward_experts"])
+def test_keys_that_the_models_decide_are_refused(key: str, experts: Path, recipe: dict[str, Any]) -> None:
+    value = {"alpha": 64, "target_modules": ["q_proj"], "feed_forward_experts": True}[key]
+    with pytest.raises(GuilomoError, match=rf"mixture\.{key} of method 'flexmore' = .*unset.*models decide it"):
+        run_of(recipe, {**row(experts), "mixture": {key: value}})

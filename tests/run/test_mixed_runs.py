@@ -228,16 +228,42 @@ def test_a_loop_of_ones_own(job: Run) -> None:
     ("method", "said"),
     [
         ({"name": "moelora", "mixture": {"router_options": {"tasks": 1}}}, r"router_options\.tasks.*= 1.*at least 2"),
-        ({"name": "lora_mixer", "options": {"experts": 1}}, r"options\.experts.*'lora_mixer' = 1.*one for each part"),
+        ({"name": "lora_mixer", "options": {"experts": 1}}, r"experts of method 'lora_mixer' in .* = 1.*for each part"),
+        ({"name": "lora_mixer", "options": {"experts": "two"}}, r"options\.experts of method 'lora_mixer' = 'two'"),
         ({"name": "lora_mixer", "mixture": {"router_options": {"hard_share": 2}}}, r"hard_share'\] = 2"),
         ({"name": "moelora", "mixture": {"router_options": {}}}, r"tasks'\] = None.*the number of tasks"),
+        ({"name": "moelora", "mixture": {"router_options": {"tasks": "two"}}}, r"tasks'\] = 'two'"),
     ],
 )
 def test_too_few_places_are_refused(
     method: dict[str, Any], said: str, colour_recipe: Any, mixed: dict[str, Any]
 ) -> None:
-    with pytest.raises((GuilomoError, ValueError), match=said):
-        run_of(colour_recipe(task=mixed, methods=[method]))
+    def planned() -> None:
+        job = run_of(colour_recipe(task=mixed, methods=[method]))
+        job.plan(job.config.methods[0], 0)
+
+    with pytest.raises(GuilomoError, match=said):
+        planned()
+
+
+def test_a_localised_balance_needs_a_type_for_each_part(colour_recipe: Any, mixed: dict[str, Any]) -> None:
+    three = {**mixed, "parts": [*mixed["parts"], {**mixed["parts"][1], "name": "third"}]}
+    row = {"name": "loramoe", "mixture": {"balance_options": {"types": 2}}}
+    with pytest.raises(GuilomoError, match=r"balance_options\.types of method 'loramoe' = 2.*at least 3"):
+        run_of(colour_recipe(task=three, methods=[row]))
+    job = run_of(colour_recipe(task=three, methods=[{"name": "loramoe", "options": {"experts": 2}}]))
+    with pytest.raises(GuilomoError, match=r"experts of method 'loramoe' in .* = 2.*at least 3"):
+        job.plan(job.config.methods[0], 0)
+
+
+def test_wrapped_models_are_scored_with_the_tasks_of_their_rows(job: Run) -> None:
+    model = model_of(job, "moelora")
+    plain = evaluate(model, job.task).row_loss
+    wrapped = torch.compile(model, backend="eager")
+    assert evaluate(wrapped, job.task).row_loss == pytest.approx(plain, rel=1e-5)
+    base = job.fresh_model(0)
+    evaluate(base, job.task)
+    assert not any("_guilomo_context" in vars(module) for module in base.modules())
 
 
 def test_a_hard_stage_needs_tasks(colour_recipe: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import invalid
 from ..tasks import Task
-from ..tuner import TASKS, tasks_given
+from ..tuner import TASKS, knows_tasks
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all) after each batch."""
@@ -56,15 +56,16 @@ def row_results(
 ) -> tuple[list[float], list[int], list[int]]:
     """Loss sum (nats), number of predictions and, for classification, predicted class of each row, in row order.
 
-    The third list is empty for language models. Tasks of rows reach the routers that read them, and no model else.
+    The third list is empty for language models. Tasks of rows are given to models with a mixture, and to no other.
     """
     losses, counts, classes = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
-    device, done, two_dimensional = device_of(model), 0, False
+    device, done, two_dimensional, takes_tasks = device_of(model), 0, False, knows_tasks(model)
     for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
         inputs = {name: value.to(device) for name, value in task.collate([rows[index] for index in batch]).items()}
         labels = inputs.pop("labels")
-        with tasks_given(model, inputs.pop(TASKS, None)):
-            logits: Tensor = model(**inputs).logits
+        if not takes_tasks:
+            inputs.pop(TASKS, None)
+        logits: Tensor = model(**inputs).logits
         loss, count = task.row_loss(logits, labels)
         two_dimensional = logits.dim() == 2
         guesses = logits.argmax(dim=-1).tolist() if two_dimensional else [0] * len(batch)

@@ -20,7 +20,7 @@ from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.files import write_json
-from guilomo.run.ready_made import ReadyMade, options_of
+from guilomo.run.ready_made import ReadyMade, options_of, refuse_decided_keys
 from guilomo.search.distributed import rank
 from guilomo.tasks.config import expand_path
 
@@ -87,6 +87,7 @@ def check_bank_row(method: MethodConfig) -> None:
             f"Method {method.name!r} has options.classifier = {row.classifier!r}, but no classifier: that is X-LoRA's. "
             "Leave it out, or set mixture.router_options."
         )
+    refuse_decided_keys(method, FOLLOW_FROM_ADAPTERS)
     for name, folder in row.adapters().items():
         adapter = read_adapter(folder, name)
         if method.strategy == XLORA:

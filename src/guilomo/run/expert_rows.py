@@ -14,7 +14,7 @@ from torch import nn
 
 from guilomo.allocation import Allocation
 from guilomo.run.config import MethodConfig, RunConfig
-from guilomo.run.ready_made import ReadyMade, options_of
+from guilomo.run.ready_made import ReadyMade, options_of, refuse_decided_keys
 from guilomo.sparse_moe import Extraction, extraction_of_models, models_in, ranks_by_name
 from guilomo.sparse_moe.folders import check_folder, named_models
 from guilomo.sparse_moe.models import FOLLOW_FROM_MODELS
@@ -54,9 +54,11 @@ def check_expert_row(method: MethodConfig) -> None:
     """Refuses options that the row cannot have, and models that are not there.
 
     Raises:
-        GuilomoError: see `options_of`; no models or equal names, a folder without a model, or ranks that do not fit.
+        GuilomoError: see `options_of` and `refuse_decided_keys`; no models or equal names, a folder without a model, or
+            ranks that do not fit.
     """
     row = options_of(method, ExpertRow)
+    refuse_decided_keys(method, FOLLOW_FROM_MODELS)
     models = row.models()
     for name, folder in models.items():
         check_folder(folder, name)

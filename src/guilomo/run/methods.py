@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from pydantic import ValidationError
 from torch import nn
 
 from guilomo.allocation import Allocation, ModuleShape, RouterCost
@@ -17,9 +18,10 @@ from guilomo.layers.routers import cost_of_router
 from guilomo.methods import METHODS, filled_plan
 from guilomo.methods.fit import more_rank, one_expert_more, with_top_k
 from guilomo.run.bank_rows import ADAPTERS
-from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, RunConfig
+from guilomo.run.config import PLAIN_LORA, RANDOM, SEARCHED, SHUFFLED, MethodConfig, MixtureConfig, RunConfig
 from guilomo.run.expert_rows import MODELS
 from guilomo.run.ready_made import ReadyMade
+from guilomo.run.recipe import problems
 from guilomo.search import search_sized
 from guilomo.tasks import Task
 from guilomo.tuner import LoraMoeConfig, plan_for_router, target_shapes
@@ -55,6 +57,7 @@ def check_methods(config: RunConfig) -> None:
                 f"Method {method.name!r} has options {sorted(method.options)}, but the options of the searched method "
                 "are the keys under search. Move them there."
             )
+        _refuse_odd_experts(method)
         if known.grows and method.options.keys() - {"experts"}:
             raise unknown(f"option of method {method.name!r}", min(method.options.keys() - {"experts"}), ["experts"])
         if method.strategy in (*FROM_SEARCH, PLAIN_LORA) and method.mixture:
@@ -77,18 +80,45 @@ def _refuse_common_options(method: MethodConfig) -> None:
         )
 
 
+def _refuse_odd_experts(method: MethodConfig) -> None:
+    experts = method.options.get("experts", 1)
+    if METHODS[method.strategy].grows and (type(experts) is not int or experts < 1):
+        raise invalid(f"options.experts of method {method.name!r}", experts, "a whole number of at least 1")
+
+
 def _refuse_fewer_than_parts(method: MethodConfig, config: RunConfig) -> None:
-    """Every part of a mixed task needs its place in routers that know tasks, and in a hard stage an expert."""
-    parts, options = len(config.task.parts), config.mixture_of(method).router_options
-    if options.get("tasks", parts) < parts:
-        raise invalid(
-            f"router_options.tasks of method {method.name!r}",
-            options["tasks"],
-            f"at least {parts}, the parts of the task",
-        )
-    if options.get("hard_share") and method.options.get("experts", parts) < parts:
-        allowed = f"at least {parts}, one for each part of the task"
-        raise invalid(f"options.experts of method {method.name!r}", method.options["experts"], allowed)
+    """Every part of a mixed task needs its place where tasks are read."""
+    parts, mixture = len(config.task.parts), _checked_mixture(method, config)
+    tasks = mixture.router_options.get("tasks", parts)
+    if tasks < parts:
+        field = f"router_options.tasks of method {method.name!r}"
+        raise invalid(field, tasks, f"at least {parts}, the parts of the task")
+    types = mixture.balance_options.get("types", 2)
+    if mixture.balance_loss == "localized" and types < parts:
+        field = f"balance_options.types of method {method.name!r}"
+        raise invalid(field, types, f"at least {parts}, the parts of the task")
+
+
+def _checked_mixture(method: MethodConfig, config: RunConfig) -> MixtureConfig:
+    try:
+        return config.mixture_of(method)
+    except ValidationError as error:
+        raise GuilomoError(f"Method {method.name!r}, mixture: " + "\n".join(problems(error, MixtureConfig))) from None
+
+
+def _refuse_fewer_experts(plan: Allocation, method: MethodConfig, config: RunConfig) -> None:
+    """In a hard stage every part of a mixed task has an expert, and in a localised balance a group of them."""
+    parts, mixture = len(config.task.parts), config.mixture_of(method)
+    options = mixture.router_options
+    hard = options.get("hard_share") or options.get("stage") == "hard"
+    if not parts or not (hard or mixture.balance_loss == "localized"):
+        return
+    routed = {name: module for name, module in plan.adapted().items() if module.routes}
+    for name, module in (routed or plan.adapted()).items():
+        if module.experts < parts:
+            remedy = "Give the row more experts, or another router and balance loss."
+            field = f"experts of method {method.name!r} in {name}"
+            raise invalid(field, module.experts, f"at least {parts}, one for each part of the task", remedy)
 
 
 def mixture_config(config: RunConfig, method: MethodConfig, **options: Any) -> LoraMoeConfig:
@@ -135,6 +165,19 @@ def plan_method(
     The random control draws anew for every training seed, so that it is compared as a strategy, not as one lucky plan.
     """
     _refuse_common_options(method)
+    plan = _plan_of(method, config, model, shapes, budget, seed)
+    _refuse_fewer_experts(plan, method, config)
+    return plan
+
+
+def _plan_of(
+    method: MethodConfig,
+    config: RunConfig,
+    model: nn.Module,
+    shapes: dict[str, ModuleShape],
+    budget: int,
+    seed: int,
+) -> Allocation:
     if METHODS[method.strategy].grows:
         return _grown_plan(method, config, model, budget)
     mixture = config.mixture_of(method)

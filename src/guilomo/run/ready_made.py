@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from guilomo.allocation import Allocation
-from guilomo.errors import GuilomoError
+from guilomo.errors import GuilomoError, invalid
 from guilomo.methods import METHODS
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.recipe import problems
@@ -57,3 +57,21 @@ def options_of(method: MethodConfig, kind: type[Options]) -> Options:
         return kind.model_validate({**known.options, **method.options})
     except ValidationError as error:
         raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, kind))) from None
+
+
+def refuse_decided_keys(method: MethodConfig, decided: Collection[str]) -> None:
+    """Refuses keys of the row's mixture that the ready-made things decide, which would change nothing.
+
+    Args:
+        decided: fields of `LoraMoeConfig`.
+
+    Raises:
+        GuilomoError: there is such a key.
+    """
+    names = {"alpha": "lora_alpha"}
+    for key in sorted(method.mixture):
+        if names.get(key, key) in decided:
+            what = METHODS[method.strategy].starts_from
+            raise invalid(
+                f"mixture.{key} of method {method.name!r}", method.mixture[key], "unset", f"The {what} say it."
+            )

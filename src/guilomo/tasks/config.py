@@ -136,11 +136,24 @@ class TaskConfig(BaseModel):
                 raise ValueError(
                     f"part {part['name']!r} has the key {shared[0]!r}, which all parts share: set it above."
                 )
-        try:
-            self.part_configs()
-        except ValidationError as error:
-            found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            raise ValueError(f"a part is not usable: {found}") from None
+        for part in self.parts:
+            try:
+                self._part_config(part)
+            except ValidationError as error:
+                found = "; ".join(
+                    f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()
+                )
+                raise ValueError(f"part {part['name']!r} is not usable: {found}. See guilomo run --help.") from None
+        return self
+
+    @model_validator(mode="after")
+    def _rows_with_a_task(self) -> TaskConfig:
+        apart = self.kind == "lm" or self.text_column is not None or self.source.startswith(("hub:", "disk:"))
+        if self.rows_of is not None and apart:
+            raise ValueError(
+                f"rows_of = {self.rows_of!r} is not usable here: only rows of the .jsonl schema have a field 'task', "
+                "not those of kind lm, text_column, hub: and disk:. Put the rows of each task into a file of its own."
+            )
         return self
 
     @property
@@ -150,9 +163,11 @@ class TaskConfig(BaseModel):
 
     def part_configs(self) -> list[TaskConfig]:
         """The parts as tasks: what a part does not say, this says."""
+        return [self._part_config(part) for part in self.parts]
+
+    def _part_config(self, part: dict[str, Any]) -> TaskConfig:
         given = self.model_fields_set & TaskConfig.model_fields.keys() - {"name", "parts"}
-        common = {name: getattr(self, name) for name in given}
-        return [TaskConfig(**{**common, **part}) for part in self.parts]
+        return TaskConfig(**{**{name: getattr(self, name) for name in given}, **part})
 
 
 def task_from(text: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from guilomo.tuner.biases import update_router_biases
 from guilomo.tuner.config import LoraMoeConfig
-from guilomo.tuner.context import TASKS, RoutingContext, SelectionMasks, context_of, tasks_given
+from guilomo.tuner.context import TASKS, RoutingContext, SelectionMasks, context_of, knows_tasks, tasks_given
 from guilomo.tuner.feed_forward import FeedForwardLayer
 from guilomo.tuner.fixed_gates import fixed_gates, task_gates
 from guilomo.tuner.layer import LoraMoeLayer
@@ -29,6 +29,7 @@ __all__ = [
     "expert_weights",
     "fixed_gates",
     "follow_training",
+    "knows_tasks",
     "plan_for_router",
     "preservation_loss",
     "target_shapes",

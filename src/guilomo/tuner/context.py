@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from guilomo.errors import invalid
@@ -220,19 +219,30 @@ def context_of(model: nn.Module) -> RoutingContext:
 def tasks_given(model: nn.Module, tasks: Tensor | None) -> Iterator[None]:
     """Inside, every pass that names no tasks itself has these ``(B,)``: for ``generate``, which refuses new keywords.
 
+    Nothing is done where there are no tasks, or no mixture that could read them.
+
     Args:
-        model: a base model or a PeftModel around it.
-        tasks: int64, of the rows of the batch. Beams of a row share its task. None: nothing is done.
+        model: a base model, or whatever is wrapped around it.
+        tasks: int64, of the rows of the batch; None for none. Beams of a row share its task.
     """
-    if tasks is None:
-        yield
-        return
-    context = context_of(model.get_base_model() if isinstance(model, PeftModel) else model)
-    before, context.task_given = context.task_given, tasks
+    contexts = _contexts_in(model) if tasks is not None else []
+    before = [context.task_given for context in contexts]
+    for context in contexts:
+        context.task_given = tasks
     try:
         yield
     finally:
-        context.task_given = before
+        for context, given in zip(contexts, before, strict=True):
+            context.task_given = given
+
+
+def knows_tasks(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, takes the tasks of rows: whether it has a mixture."""
+    return bool(_contexts_in(model))
+
+
+def _contexts_in(model: nn.Module) -> list[RoutingContext]:
+    return [m.__dict__["_guilomo_context"] for m in model.modules() if "_guilomo_context" in m.__dict__]
 
 
 def remove_context(model: nn.Module) -> None:
