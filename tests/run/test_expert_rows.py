@@ -235,6 +235,6 @@ def test_it_runs_as_its_recipe_is_printed(
 
 @pytest.mark.parametrize("key", ["alpha", "target_modules", "feed_forward_experts"])
 def test_keys_that_the_models_decide_are_refused(key: str, experts: Path, recipe: dict[str, Any]) -> None:
-    value = {"alpha": 64, "target_modules": ["q_proj"], "feed_forward_experts": True}[key]
+    value = {"alpha": 64, "target_modules": ["q_proj"], "feed_forward_experts": False}[key]
     with pytest.raises(GuilomoError, match=rf"mixture\.{key} of method 'flexmore' = .*unset.*models decide it"):
         run_of(recipe, {**row(experts), "mixture": {key: value}})

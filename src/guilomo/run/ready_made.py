@@ -68,10 +68,9 @@ def refuse_decided_keys(method: MethodConfig, decided: Collection[str]) -> None:
     Raises:
         GuilomoError: there is such a key.
     """
-    names = {"alpha": "lora_alpha"}
-    for key in sorted(method.mixture):
-        if names.get(key, key) in decided:
-            what = METHODS[method.strategy].starts_from
-            raise invalid(
-                f"mixture.{key} of method {method.name!r}", method.mixture[key], "unset", f"The {what} say it."
-            )
+    names, known = {"alpha": "lora_alpha"}, METHODS[method.strategy]
+    for key, value in method.mixture.items():
+        # A recipe may write out what the method has anyway.
+        if names.get(key, key) in decided and value != known.mixture.get(key):
+            remedy = f"The {known.starts_from} decide it: leave it out."
+            raise invalid(f"mixture.{key} of method {method.name!r}", value, "unset", remedy)
