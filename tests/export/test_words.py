@@ -31,7 +31,8 @@ def _report(**changes: Any) -> dict[str, Any]:
 
 def test_everything_lost_is_said() -> None:
     assert sentences(_report()) == [
-        "The gates are means over 7 train rows; the mixture's own follow each token, which no plain LoRA can.",
+        "The gates are means over 7 train rows; the mixture's own differ between tokens, or tasks, which "
+        "those of one plain LoRA cannot.",
         "Rank 2 keeps at least 50.0 % of a module's energy (b).",
         "On 9 test rows of films the export's loss differs from the mixture's by +0.5000 nats per prediction "
         "(95 % interval +0.2500 to +0.7500); 75.0 % of the predictions are the same.",

@@ -238,3 +238,13 @@ def test_keys_that_the_models_decide_are_refused(key: str, experts: Path, recipe
     value = {"alpha": 64, "target_modules": ["q_proj"], "feed_forward_experts": False}[key]
     with pytest.raises(GuilomoError, match=rf"mixture\.{key} of method 'flexmore' = .*unset.*models decide it"):
         run_of(recipe, {**row(experts), "mixture": {key: value}})
+
+
+def test_more_seeds_need_the_models_no_more(experts: Path, recipe: dict[str, Any]) -> None:
+    run = run_of(recipe, row(experts))
+    run.prepare(resume=False)
+    run.all()
+    shutil.rmtree(experts)
+    more = run_of(recipe, row(experts), seeds=[0, 1])
+    more.prepare(resume=True)
+    assert [found["seed"] for found in more.all()["methods"][0]["runs"]] == [0, 1]

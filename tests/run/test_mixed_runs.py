@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from bank_tools import save_bank_of
+from guilomo.cli import main
 from guilomo.errors import GuilomoError
 from guilomo.evaluation import evaluate
 from guilomo.evaluation.generation import generate_answers
@@ -29,7 +30,7 @@ from guilomo.tuner import (
     preservation_loss,
     tasks_given,
 )
-from tiny_runs import colour_rows, config_of, run_of, write_rows
+from tiny_runs import colour_rows, config_of, run_of, write_recipe, write_rows
 
 TASK_METHODS = ["moelora", "hmora", "lora_mixer", "loramoe"]
 
@@ -312,8 +313,10 @@ def test_meteora_is_told_its_tasks_in_the_order_of_its_adapters(
     assert not any(torch.equal(before[name], after[name]) for name in routers)
     turned = {**mixed, "parts": mixed["parts"][::-1]}
     for task in (turned, {}):
+        mixture = {"router_loss_coefficient": 1.0}
+        rows = ["lora", {"name": "meteora", "options": {"bank": str(bank)}, "mixture": mixture}]
         with pytest.raises(GuilomoError, match=r"the parts are (swapped, colours|none) and the adapters colours, swap"):
-            fitted(1.0, task)
+            run_of(text_recipe("causal_lm", task=task, methods=rows))  # before any row is trained
 
 
 def test_scores_of_the_parts_are_those_of_their_rows(job: Run) -> None:
@@ -328,3 +331,37 @@ def test_scores_of_the_parts_are_those_of_their_rows(job: Run) -> None:
         assert scores["loss"].value == pytest.approx(sum(losses) / len(losses))
     job.task.test = [row for row in job.task.test if row["router_task_ids"] == 1]
     assert list(evaluate(model, job.task).parts) == ["swapped"]  # as where few rows were drawn
+
+
+def test_an_adapter_knows_its_tasks_by_their_order(
+    colour_recipe: Any, mixed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = colour_recipe(task=mixed, methods=["moelora"])
+    job = run_of(recipe)
+    job.prepare(resume=False)
+    job.all()
+    adapter = str(job.config.folder / "methods" / "moelora" / "seed-0" / "adapter")
+    assert main(["inspect", adapter]) == 0
+    assert "tasks    0 colours, 1 swapped" in capsys.readouterr().out
+    file = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert main(["evaluate", str(file), "--adapter", adapter]) == 0
+    turned = {**recipe, "task": {**recipe["task"], "parts": recipe["task"]["parts"][::-1]}}
+    file = write_recipe(tmp_path / "turned.yaml", turned)
+    assert main(["evaluate", str(file), "--adapter", adapter]) != 0
+    assert "['colours', 'swapped'], or the first of them" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_part_with_options_is_scored_by_them_beside_one_without(
+    text_recipe: Any, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"id": f"f-{i}", "type": "gen", "input": f"say {i}", "answer": "red"} for i in range(12)]
+    free = {"name": "free", "source": str(write_rows(tmp_path / "free.jsonl", rows))}
+    both = {**mixed, "parts": [mixed["parts"][0], free]}
+    job = run_of(text_recipe("causal_lm", task=both, methods=["lora"]))
+    model = model_of(job, "lora")
+    found = evaluate(model, job.task)
+    alone = evaluate(model, build_task(job.task.config.part_configs()[0], job.task.tokenizer))
+    assert "accuracy" not in found.metrics
+    assert "accuracy" not in found.parts["free"]
+    for name in ("accuracy", "accuracy_per_character"):
+        assert found.parts["colours"][name].value == alone.metrics[name].value

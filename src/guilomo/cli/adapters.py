@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, XLoraConfig
@@ -12,6 +13,7 @@ from torch import nn
 from guilomo.adapters import load_xlora
 from guilomo.errors import GuilomoError, invalid, unknown
 from guilomo.files import check_adapter
+from guilomo.layers.routers import router_class
 from guilomo.tuner import LoraMoeConfig
 
 CONFIG = "adapter_config.json"
@@ -59,15 +61,21 @@ def adapter_config(folder: Path) -> PeftConfig:
     return config
 
 
-def load_adapter(model: nn.Module, adapter: Path, argument: str = "--adapter") -> PeftModel:
+def load_adapter(model: nn.Module, adapter: Path, argument: str = "--adapter", parts: Sequence[str] = ()) -> PeftModel:
     """The model with an adapter from a folder, which the user gave as `argument`.
 
+    Args:
+        parts: names of the tasks that it is to be used on, where several are one, in the order of their ids.
+
     Raises:
-        GuilomoError: the adapter is of another model or task.
+        GuilomoError: the adapter is of another model or task, or knows the parts by other ids.
     """
     try:
-        if isinstance(adapter_config(adapter), XLoraConfig):
+        config = adapter_config(adapter)
+        if isinstance(config, XLoraConfig):
             return load_xlora(model, adapter)
+        if isinstance(config, LoraMoeConfig):
+            _refuse_other_ids(config, list(parts))
         return PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:
         if isinstance(error, GuilomoError):
@@ -76,6 +84,15 @@ def load_adapter(model: nn.Module, adapter: Path, argument: str = "--adapter") -
             f"{argument} = {str(adapter)!r} does not fit the recipe's model and task: {str(error).splitlines()[0]} "
             "Give the recipe that the adapter was trained with."
         ) from error
+
+
+def _refuse_other_ids(config: LoraMoeConfig, parts: list[str]) -> None:
+    """Routers that read tasks know them by their ids, and a head of joint classes has each task's in their place."""
+    trained = config.task_names
+    by_place = "task" in router_class(config.router).reads or config.task_type == "SEQ_CLS"
+    if trained and parts and by_place and parts != trained[: len(parts)]:
+        remedy = "Give them in the order in which the adapter was trained."
+        raise invalid("task.parts", parts, f"{trained}, or the first of them", remedy)
 
 
 def _again() -> str:

@@ -215,7 +215,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         console.print_json(json.dumps(content, default=str))
     else:
         with _prepared(arguments, resumable=False) as job:
-            model = load_adapter(load_model(config.model, job.task, config.seeds[0]), adapter)
+            model = load_adapter(load_model(config.model, job.task, config.seeds[0]), adapter, parts=job.task.parts)
             options = config.evaluation
             result = score(
                 model,
@@ -266,16 +266,18 @@ def inspect(arguments: argparse.Namespace) -> None:
         console.print_json(plan.to_json())
     else:
         console.print(plan.table(router), highlight=False, markup=False, soft_wrap=True)
-        if names := _expert_names(Path(arguments.path)):
+        for what, names in _names(Path(arguments.path)).items():
             numbered = ", ".join(f"{index} {name}" for index, name in enumerate(names))
-            console.print(f"experts  {numbered}", highlight=False, markup=False)
+            console.print(f"{what:<7}  {numbered}", highlight=False, markup=False)
     _save_plan(plan, arguments)
 
 
-def _expert_names(path: Path) -> list[str] | None:
-    """What the experts of an adapter are called, where they have names."""
+def _names(path: Path) -> dict[str, list[str]]:
+    """What the experts of an adapter and the tasks that it was trained on are called, where they have names."""
     config = adapter_config(path) if (path / "adapter_config.json").is_file() else None
-    return config.expert_names if isinstance(config, LoraMoeConfig) else None
+    if not isinstance(config, LoraMoeConfig):
+        return {}
+    return {k: v for k, v in (("experts", config.expert_names), ("tasks", config.task_names)) if v}
 
 
 def _plan_at(path: Path) -> tuple[Allocation, RouterCost]:

@@ -46,7 +46,7 @@ def export(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output) if arguments.output else adapter.parent / options.label
     if arguments.recipe is None:
         _refuse_other_data(job.task, adapter)
-    model = load_adapter(load_model(config.model, job.task, config.seeds[0]), adapter, "folder")
+    model = load_adapter(load_model(config.model, job.task, config.seeds[0]), adapter, "folder", job.task.parts)
     with shown_progress(console, arguments.quiet) as progress:
         report = export_adapter(model, job.task, options, output, progress)
     print_table(_table(report["measures"]))

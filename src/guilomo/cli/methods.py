@@ -53,6 +53,7 @@ def _print_whole(method: Method) -> None:
         f"  {method.summary}",
         *(f"  {key:<13}  {value}" for key, value in method.facts.items()),
         f"  mixture        {method.mixture}" if method.mixture else "",
+        f"  several tasks  {method.mixture_for(2)}, of two trained as one (task.parts)" if method.mixed else "",
         f"  try it         {method.how_to_try}",
     ]
     console.print("\n".join(line for line in lines if line), highlight=False, markup=False, soft_wrap=True)

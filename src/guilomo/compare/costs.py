@@ -85,12 +85,14 @@ def _plan(worker: Worker, task: str, method: MethodConfig) -> Allocation | None:
 
 
 def _step(job: Run, method: MethodConfig, plan: Allocation | None) -> Step:
-    """A training step on the first batch: forward, backward and update, which at rate 0 leaves the weights."""
+    """A training step on a batch from all over the rows: forward, backward and update, at rate 0 without effect."""
     assert plan is not None
     seed = job.config.seeds[0]
     model: nn.Module = attach(job.fresh_model(seed), plan, method, job.config, job.task).train()
     device = next(model.parameters()).device
-    rows = job.task.train[: job.config.train.batch_size]
+    # From all over: a mixed task begins with the rows of its first part, which may be the shortest.
+    size = job.config.train.batch_size
+    rows = job.task.train[:: max(1, len(job.task.train) // size)][:size]
     batch = {name: value.to(device) for name, value in job.task.collate(rows).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 

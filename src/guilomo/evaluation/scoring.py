@@ -135,14 +135,23 @@ class _Pass:
         ids = [str(row["example"]) for row in task.rows(self.split)]
         named = (task.name, task.kind, self.split, task.data_hash)
         found = Evaluation(*named, scores, ids, losses, counts, predictions, hits, generated)
-        return replace(found, parts=_part_scores(task, found))
+        return replace(found, parts=_part_scores(self, found))
 
 
-def _part_scores(task: Task, evaluation: Evaluation) -> dict[str, dict[str, Score]]:
-    """The scores of every part of a mixed task, by its name, from the results of its rows; none of a single task."""
+def _part_scores(work: _Pass, evaluation: Evaluation) -> dict[str, dict[str, Score]]:
+    """The scores of every part of a mixed task, by its name, from the results of its rows; none of a single task.
+
+    A part whose rows have options is scored by them also where other parts have none.
+    """
+    task = work.task
     ids = [row[TASKS] for row in task.rows(evaluation.split)] if task.parts else []
     places = {part: [index for index, own in enumerate(ids) if own == i] for i, part in enumerate(task.parts)}
-    return {part: _scores_of(evaluation, rows) for part, rows in places.items() if rows}
+    scores = {part: _scores_of(evaluation, rows) for part, rows in places.items() if rows}
+    for part, found in scores.items():
+        examples = [work.examples[row] for row in places[part]] if work.examples else []
+        if "accuracy" not in found and _have_options(examples):
+            found |= {name: metrics.accuracy(hits) for name, hits in _choices(work, examples)[1].items()}
+    return scores
 
 
 def _scores_of(evaluation: Evaluation, rows: Sequence[int]) -> dict[str, Score]:
@@ -166,7 +175,7 @@ def _language(work: _Pass, generate: bool, max_new_tokens: int | None) -> Evalua
     scores = {"loss": metrics.mean_loss(losses, counts), "perplexity": metrics.perplexity(losses, counts)}
     hits: dict[str, list[bool]] = {}
     found: dict[str, Any] = {}
-    if work.examples and all(example.choices for example in work.examples):
+    if _have_options(work.examples):
         found = _choose(work, scores, hits)
     if generate:
         # Where there are options they stay the predictions; the texts are kept beside them.
@@ -185,14 +194,27 @@ def _class_metrics(labels: Sequence[int], guesses: Sequence[int], classes: int) 
 def _choose(work: _Pass, scores: dict[str, Score], hits: dict[str, list[bool]]) -> dict[str, Any]:
     """Option likelihood; an option is right if its words are, since some sets repeat an option."""
     examples = work.examples
-    found = score_options(work.model, work.task, examples, work.batch_size, work.progress)
+    guesses, found = _choices(work, examples)
     first = examples[0].choices or ()
     if all(example.type == "cls" and example.choices == first for example in examples):
-        scores |= _class_metrics([example.label or 0 for example in examples], found.by_sum, len(first))
-    for name, guesses in (("accuracy", found.by_sum), ("accuracy_per_character", found.by_character)):
-        hits[name] = _option_hits(examples, guesses)
-        scores[name] = metrics.accuracy(hits[name])
-    return {"predictions": found.by_sum}
+        scores |= _class_metrics([example.label or 0 for example in examples], guesses, len(first))
+    hits |= found
+    scores |= {name: metrics.accuracy(own) for name, own in found.items()}
+    return {"predictions": guesses}
+
+
+def _have_options(examples: Sequence[Example]) -> bool:
+    return bool(examples) and all(example.choices for example in examples)
+
+
+def _choices(work: _Pass, examples: Sequence[Example]) -> tuple[list[int], dict[str, list[bool]]]:
+    """The likeliest option of every row, and the hits by each way of comparing options."""
+    found = score_options(work.model, work.task, examples, work.batch_size, work.progress)
+    hits = {
+        "accuracy": _option_hits(examples, found.by_sum),
+        "accuracy_per_character": _option_hits(examples, found.by_character),
+    }
+    return found.by_sum, hits
 
 
 def _option_hits(examples: Sequence[Example], guesses: Sequence[int]) -> list[bool]:

@@ -26,8 +26,8 @@ def _origin(report: dict[str, Any]) -> list[str]:
         said.append("The gates of this mixture are the same for every token: freezing them loses nothing.")
     else:
         said.append(
-            f"The gates are means over {rows['rows']} {rows['split']} rows; the mixture's own follow each token, which "
-            "no plain LoRA can."
+            f"The gates are means over {rows['rows']} {rows['split']} rows; the mixture's own differ between "
+            "tokens, or tasks, which those of one plain LoRA cannot."
         )
     if report["rank"] is not None:
         energy = {name: module["energy"] for name, module in report["modules"].items()}

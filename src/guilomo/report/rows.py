@@ -84,7 +84,9 @@ def part_rows(results: Results) -> list[Row]:
     """One row per method of a mixed task: its scores on every part; nothing of a single task."""
     names, lead = part_names(results), lead_of(results)
     measured = {name for method in methods_of(results) for part_ in names for name in part(method, "parts", part_)}
-    shown = list(dict.fromkeys(name for name in (primary_of(results), "loss") if name in measured))
+    # What was asked for first: it may have been measured on some parts only.
+    wanted = (results.get("primary_metric"), primary_of(results), "loss")
+    shown = list(dict.fromkeys(str(name) for name in wanted if name in measured))
     return [
         {
             "label": label_of(method),

@@ -70,7 +70,7 @@ class BankRow(BaseModel):
         return {name: expand_path(folder, f"options.bank.{name}") for name, folder in self.bank.items()}
 
 
-def check_bank_row(method: MethodConfig) -> None:
+def check_bank_row(method: MethodConfig, config: RunConfig) -> None:
     """Refuses options that the row cannot have, and banks that are not there.
 
     Raises:
@@ -92,6 +92,9 @@ def check_bank_row(method: MethodConfig) -> None:
         adapter = read_adapter(folder, name)
         if method.strategy == XLORA:
             refuse_unloadable(adapter)
+    known = list(row.adapters()) if row.by == "all" else row.names
+    if method.strategy != XLORA and known is not None:
+        _refuse_other_order(known, method, config)
 
 
 def selection_file(config: RunConfig, method: MethodConfig) -> Path:

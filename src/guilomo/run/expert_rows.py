@@ -50,8 +50,8 @@ class ExpertRow(BaseModel):
         return {name: expand_path(folder, f"options.experts.{name}") for name, folder in self.experts.items()}
 
 
-def check_expert_row(method: MethodConfig) -> None:
-    """Refuses options that the row cannot have, and models that are not there.
+def check_expert_row(method: MethodConfig, config: RunConfig) -> None:
+    """Refuses options that the row cannot have, and models that are not there and whose experts are not yet extracted.
 
     Raises:
         GuilomoError: see `options_of` and `refuse_decided_keys`; no models or equal names, a folder without a model, or
@@ -59,6 +59,8 @@ def check_expert_row(method: MethodConfig) -> None:
     """
     row = options_of(method, ExpertRow)
     refuse_decided_keys(method, FOLLOW_FROM_MODELS)
+    if extraction_file(config, method).exists():
+        return
     models = row.models()
     for name, folder in models.items():
         check_folder(folder, name)

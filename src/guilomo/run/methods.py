@@ -46,7 +46,7 @@ def check_methods(config: RunConfig) -> None:
         if known is None:
             raise unknown(f"strategy of method {method.name!r}", method.strategy, METHODS)
         if (things := ready_made(method)) is not None:
-            things.check(method)
+            things.check(method, config)
         if method.strategy == SHUFFLED and method.options:
             raise GuilomoError(
                 f"Method {method.name!r} has options {sorted(method.options)}, but the shuffled plan takes none: it is "
@@ -214,8 +214,13 @@ def attach(model: nn.Module, plan: Allocation, method: MethodConfig, config: Run
     if method.strategy == PLAIN_LORA:
         return get_peft_model(model, plain_lora_config(plan, config, task))
     if (things := ready_made(method)) is not None:
-        return things.attach(model, method, config, TASK_TYPES[config.task.kind])
-    return get_peft_model(model, mixture_config(config, method, allocation=plan))
+        adapted = things.attach(model, method, config, TASK_TYPES[config.task.kind])
+    else:
+        adapted = get_peft_model(model, mixture_config(config, method, allocation=plan))
+    for own in adapted.peft_config.values():
+        if isinstance(own, LoraMoeConfig):
+            own.task_names = config.task.part_names or None
+    return adapted
 
 
 def plain_lora_config(plan: Allocation, config: RunConfig, task: Task) -> LoraConfig:

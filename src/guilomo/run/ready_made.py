@@ -35,7 +35,7 @@ class ReadyMade:
     """
 
     options: type[BaseModel]
-    check: Callable[[MethodConfig], None]
+    check: Callable[[MethodConfig, RunConfig], None]
     plan: Callable[[Run, MethodConfig], Allocation]
     attach: Callable[[nn.Module, MethodConfig, RunConfig, str], PeftModel]
 

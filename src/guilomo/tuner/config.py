@@ -150,6 +150,9 @@ class LoraMoeConfig(PeftConfig):
     expert_names: list[str] | None = field(
         default=None, metadata={"help": "What the experts of every module are called, such as their adapters' names."}
     )
+    task_names: list[str] | None = field(
+        default=None, metadata={"help": "Of tasks trained as one, their names in the order of their ids."}
+    )
     bias: Literal["none"] = field(default="none", metadata={"help": "Biases are not trained; only 'none'."})
     init_lora_weights: bool = field(
         default=True, metadata={"help": "B = 0, so that training starts at the base model. False (tests): B random."}
