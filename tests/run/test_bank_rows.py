@@ -127,7 +127,7 @@ def test_an_adapter_that_was_replaced_is_refused(bank: Path, recipe: dict[str, A
     """Also in the middle of a row's trainings; what is done stays, and a restored one is trained on."""
     run = run_of(recipe, row("loralib", bank, by="manual", names=["b", "a"]), seeds=[0, 1, 2])
     (method,) = run.config.methods
-    done = run.train(method, 0)
+    done, plan = run.train(method, 0), run.plan(method, 0)
     kept = shutil.copytree(bank / "a", tmp_path / "kept")
     replace_adapter(bank / "a")
     folder = run.config.folder / "methods" / "loralib"
@@ -136,7 +136,7 @@ def test_an_adapter_that_was_replaced_is_refused(bank: Path, recipe: dict[str, A
     with pytest.raises(GuilomoError, match=said):
         run.train(method, 1)
     with pytest.raises(GuilomoError, match=said):
-        attach(run.fresh_model(0), run.task, method, run.config, run.task)  # type: ignore[arg-type]
+        attach(run.fresh_model(0), plan, method, run.config, run.task)
     shutil.rmtree(bank / "a")
     with pytest.raises(GuilomoError, match=said):
         run.train(method, 1)

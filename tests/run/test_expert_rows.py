@@ -195,7 +195,7 @@ def test_a_comparison_has_such_rows(experts: Path, recipe: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"experts": "nowhere"}, r"experts = '.*nowhere'.*a folder whose subfolders hold config\.json"),
+        ({"experts": "nowhere"}, r"experts = '.*nowhere'.*an existing folder of model folders"),
         ({"experts": {"law": "nowhere"}}, r"folder of expert 'law' = '.*nowhere'.*safetensors files"),
         ({"experts": 3}, r"Method 'flexmore', options: experts = 3 is not usable"),
         ({"exprets": 1}, r"exprets is not a known key.*Did you mean 'experts'"),
@@ -212,6 +212,8 @@ def test_options_that_cannot_be(options: dict[str, Any], said: str, experts: Pat
 def test_a_row_without_experts_says_how_to_give_them(recipe: dict[str, Any]) -> None:
     with pytest.raises(GuilomoError, match=r"ready-made models, and options\.experts.*options: \{experts: FOLDER\}\}"):
         run_of(recipe, "flexmore")
+    with pytest.raises(GuilomoError, match=r"\{name: low, strategy: flexmore, options: \{experts: FOLDER\}\}"):
+        run_of(recipe, {"name": "low", "strategy": "flexmore"})
 
 
 def test_experts_that_are_trained_must_fit_the_budget(experts: Path, recipe: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer, TrainerState
+from transformers import AutoModelForCausalLM, Trainer, TrainerControl, TrainerState
 
 from bank_tools import save_bank_of
 from guilomo.cli import main
@@ -210,7 +210,7 @@ def test_a_trainer_of_ones_own_continues_with_the_same_start(job: Run, tmp_path:
     assert first.start
     state = TrainerState(global_step=6, max_steps=7)
     again = RouterStageCallback()
-    again.on_train_begin(arguments, state, None, model=model)  # type: ignore[arg-type]
+    again.on_train_begin(arguments, state, TrainerControl(), model=model)
     assert again.start.keys() == first.start.keys()
     assert all(torch.equal(again.start[name], first.start[name]) for name in first.start)
 

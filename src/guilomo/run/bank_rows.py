@@ -20,9 +20,8 @@ from guilomo.allocation import Allocation
 from guilomo.errors import GuilomoError
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.files import write_json
-from guilomo.run.ready_made import ReadyMade, options_of, refuse_decided_keys
+from guilomo.run.ready_made import ReadyMade, folders_of, options_of, refuse_decided_keys
 from guilomo.search.distributed import rank
-from guilomo.tasks.config import expand_path
 
 if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
@@ -65,9 +64,7 @@ class BankRow(BaseModel):
         Raises:
             GuilomoError: there are none.
         """
-        if isinstance(self.bank, str):
-            return adapters_in(expand_path(self.bank, "options.bank"))
-        return {name: expand_path(folder, f"options.bank.{name}") for name, folder in self.bank.items()}
+        return folders_of(self.bank, "options.bank", adapters_in)
 
 
 def check_bank_row(method: MethodConfig, config: RunConfig) -> None:

@@ -14,11 +14,10 @@ from torch import nn
 
 from guilomo.allocation import Allocation
 from guilomo.run.config import MethodConfig, RunConfig
-from guilomo.run.ready_made import ReadyMade, options_of, refuse_decided_keys
+from guilomo.run.ready_made import ReadyMade, folders_of, options_of, refuse_decided_keys
 from guilomo.sparse_moe import Extraction, extraction_of_models, models_in, ranks_by_name
 from guilomo.sparse_moe.folders import check_folder, named_models
 from guilomo.sparse_moe.models import FOLLOW_FROM_MODELS
-from guilomo.tasks.config import expand_path
 from guilomo.tuner import plan_for_router
 
 if TYPE_CHECKING:
@@ -45,9 +44,7 @@ class ExpertRow(BaseModel):
         Raises:
             GuilomoError: there are none.
         """
-        if isinstance(self.experts, str):
-            return models_in(expand_path(self.experts, "options.experts"))
-        return {name: expand_path(folder, f"options.experts.{name}") for name, folder in self.experts.items()}
+        return folders_of(self.experts, "options.experts", models_in)
 
 
 def check_expert_row(method: MethodConfig, config: RunConfig) -> None:

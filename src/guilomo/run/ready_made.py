@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from peft import PeftModel
@@ -15,6 +16,7 @@ from guilomo.errors import GuilomoError, invalid
 from guilomo.methods import METHODS
 from guilomo.run.config import MethodConfig, RunConfig
 from guilomo.run.recipe import problems
+from guilomo.tasks.config import expand_path
 
 if TYPE_CHECKING:
     from guilomo.run.pipeline import Run
@@ -47,16 +49,28 @@ def options_of(method: MethodConfig, kind: type[Options]) -> Options:
         GuilomoError: an option is missing, unknown or not usable.
     """
     known = METHODS[method.strategy]
+    called = method.name if method.name == method.strategy else f"{method.name}, strategy: {method.strategy}"
     for needed in known.needs.keys() - method.options.keys():
         raise GuilomoError(
             f"Method {method.name!r} starts from ready-made {known.starts_from}, and options.{needed} does not say "
-            f"which. Give a folder that holds their folders: {{name: {method.name}, options: {{{needed}: FOLDER}}}}. "
+            f"which. Give a folder that holds their folders: {{name: {called}, options: {{{needed}: FOLDER}}}}. "
             "docs/banks.md tells how to make one."
         )
     try:
         return kind.model_validate({**known.options, **method.options})
     except ValidationError as error:
         raise GuilomoError(f"Method {method.name!r}, options: " + "\n".join(problems(error, kind))) from None
+
+
+def folders_of(given: str | dict[str, str], option: str, listed: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
+    """The folders by name that an option gives: one that holds them all, or each of them.
+
+    Args:
+        given: the value. option: what it is called. listed: finds the folders inside one.
+    """
+    if isinstance(given, str):
+        return listed(expand_path(given, option))
+    return {name: expand_path(folder, f"{option}.{name}") for name, folder in given.items()}
 
 
 def refuse_decided_keys(method: MethodConfig, decided: Collection[str]) -> None:

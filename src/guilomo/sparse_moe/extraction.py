@@ -74,12 +74,12 @@ class Extraction:
         """
         own = {"allocation": self.plan, "feed_forward_experts": True, "expert_names": self.names and list(self.names)}
         config = LoraMoeConfig(**{"balance_loss": None, **options, **own})
-        mixture: Any = get_peft_model(model, config, adapter_name=adapter_name)
+        mixture: PeftModel = get_peft_model(model, config, adapter_name=adapter_name)
         with torch.no_grad():
             for layer in (m for m in mixture.modules() if isinstance(m, LoraMoeLayer) and adapter_name in m.molora_A):
                 layer.molora_A[adapter_name].copy_(self.factors[layer.name].a)
                 layer.molora_B[adapter_name].copy_(self.factors[layer.name].b)
-        return mixture  # type: ignore[no-any-return]
+        return mixture
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, from which `load` makes the same to the last bit.

@@ -55,6 +55,8 @@ def models_in(folder: str | PathLike[str]) -> dict[str, Path]:
     Raises:
         GuilomoError: there is no such folder, or no model in it.
     """
+    if not Path(folder).is_dir():
+        raise invalid("experts", str(folder), "an existing folder of model folders")
     found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/config.json"))}
     if not found:
         raise invalid("experts", str(folder), "a folder whose subfolders hold config.json", "Put one model into each.")
