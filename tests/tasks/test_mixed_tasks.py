@@ -148,7 +148,7 @@ def test_words_for_parts() -> None:
         ({"parts": ["a", "a"]}, r"each with a name of its own"),
         ({"parts": ["a", {"source": "b"}]}, r"each with a name of its own"),
         ({"parts": ["a", {"name": "b", "max_length": 9}]}, r"part 'b' has the key 'max_length', which all parts share"),
-        ({"parts": ["a", {"name": "b", "sourc": "x"}]}, r"part 'b' is not usable: sourc = 'x'"),
+        ({"parts": ["a", {"name": "b", "sourc": "x"}]}, r"key of part 'b' = 'sourc'.*Did you mean 'source'"),
         ({"parts": ["a", {"name": "b", "train_size": "one"}]}, r"part 'b' is not usable: train_size = 'one'"),
         ({"kind": "lm", "rows_of": "a"}, r"rows_of = 'a' is not usable here"),
         ({"source": "hub:a/b", "rows_of": "a"}, r"rows_of = 'a' is not usable here"),

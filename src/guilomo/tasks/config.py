@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import GuilomoError, invalid
+from ..errors import GuilomoError, invalid, unknown
 
 Kind = Literal["classification", "causal_lm", "lm"]
 
@@ -137,6 +137,8 @@ class TaskConfig(BaseModel):
                     f"part {part['name']!r} has the key {shared[0]!r}, which all parts share: set it above."
                 )
         for part in self.parts:
+            for key in part.keys() - TaskConfig.model_fields.keys():
+                raise ValueError(str(unknown(f"key of part {part['name']!r}", key, TaskConfig.model_fields)))
             try:
                 self._part_config(part)
             except ValidationError as error:
